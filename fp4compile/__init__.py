@@ -1,0 +1,20 @@
+"""fp4compile: trained transformers to fast 4-bit floating-point ones, without training."""
+
+from fp4compile.api import quantize, quantize_and_compile
+from fp4compile.compile import load_lowerings
+from fp4compile.errors import Fp4CompileError
+from fp4compile.qparams import QuantSpec, TensorSpec
+from fp4compile.recipe import Recipe
+from fp4compile.report import Report
+
+__version__ = "0.1.0"
+__all__ = [
+    "Fp4CompileError",
+    "QuantSpec",
+    "Recipe",
+    "Report",
+    "TensorSpec",
+    "load_lowerings",
+    "quantize",
+    "quantize_and_compile",
+]

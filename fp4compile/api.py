@@ -1,0 +1,129 @@
+"""The public pipeline, one line per stage."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp4compile.batches import as_batches, example_call, only_example
+from fp4compile.compile import compile_model
+from fp4compile.errors import AlreadyQuantizedError, NonFiniteError
+from fp4compile.passes import PASSES
+from fp4compile.passes.plan import Rewrite, commit
+from fp4compile.pipeline import decide
+from fp4compile.qparams import QuantSpec
+from fp4compile.recipe import Recipe, as_recipe
+from fp4compile.report import Report, make_report
+from fp4compile.search import by_method
+from fp4compile.select import Selector, select
+from fp4compile.tensor import FP4Tensor
+from fp4compile.trace import trace
+
+logger = logging.getLogger(__name__)
+
+
+def quantize(
+    model: nn.Module,
+    calib_data: Any = None,
+    spec: str | QuantSpec = "w4a4",
+    *,
+    method: str = "fpq",
+    tokenizer: Any = None,
+    recipe: Recipe | str | Path | None = None,
+    targets: Sequence[Selector] | None = None,
+    ignore: Sequence[Selector] | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Quantize ``model`` in place to FP4 weights and activations, without training.
+
+    Args:
+        model: any ``nn.Module`` whose forward ``torch.export`` can trace; Hugging Face models too.
+        calib_data: what the forward is calibrated on: an iterable of tensors, tuples or dicts, a
+            DataLoader, a ``datasets.Dataset`` with tokenised columns, or a list of strings with
+            ``tokenizer``. None: a bundled English text (needs ``tokenizer``; a warning says so).
+        spec: ``"w4a4"``, ``"w4a8"``, ``"w4a16"``, ``"w6a6"``, ``"w8a8"`` (bits of weights and
+            activations; embedding and head follow the weights), or a :class:`QuantSpec`.
+        method: ``"fpq"`` (LLM-FP4), ``"fpq_baseline"`` (without exponent shifts) or ``"minmax"``.
+        recipe: decisions of an earlier run (``model.fp4_report.recipe``, or a path to its JSON);
+            nothing is calibrated or searched then.
+        targets, ignore: which weights to quantize, and which not: globs on their names
+            (``"*.down_proj"``), ``"re:<regex>"``, module classes, or predicates
+            ``(name, module) -> bool``.
+        progress: show a progress bar.
+
+    Returns:
+        ``model`` itself, in eval mode, its parameters frozen. ``model.fp4_report`` tells what
+        was done per site.
+
+    Raises:
+        Fp4CompileError: a subclass names the mistake. The model is then as it was.
+    """
+    started = time.monotonic()
+    spec = QuantSpec.preset(spec) if isinstance(spec, str) else spec
+    search = by_method(method)
+    _check_model(model)
+    with _evaluating(model), torch.no_grad():
+        if recipe is None:
+            batches = as_batches(calib_data, model, tokenizer)
+        else:
+            batches = [only_example(calib_data, model, tokenizer)]
+        graph = trace(model, *example_call(batches[0]))
+        sites, left_out = select(graph, model, targets, ignore)
+        graph = replace(graph, sites=sites, skipped={**graph.skipped, **left_out})
+        if recipe is None:
+            decided = decide(model, graph, batches, spec, search, progress=progress)
+        else:
+            decided = as_recipe(recipe).decisions(graph)
+        rewrite = Rewrite(model, graph, decided)
+        for rewrite_pass in PASSES:
+            rewrite = rewrite_pass(rewrite)
+    commit(rewrite)
+    report: Report = make_report(rewrite, spec, method, time.monotonic() - started)
+    model.fp4_report = report  # type: ignore[assignment]  # a plain attribute, not a parameter
+    logger.info("%s", report.summary())
+    return model
+
+
+def quantize_and_compile(
+    model: nn.Module, calib_data: Any = None, spec: str | QuantSpec = "w4a4", **options: Any
+) -> nn.Module:
+    """:func:`quantize`, then compile the model's forward with Inductor.
+
+    All arguments are those of :func:`quantize`. The first call of each kind compiles; forward
+    and ``generate`` then run compiled, prefill and decode alike.
+    """
+    return compile_model(quantize(model, calib_data, spec, **options))
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, FP4Tensor):
+            raise AlreadyQuantizedError(
+                f"{name} is already an FP4 weight; load the full-precision model again to "
+                "quantize it differently"
+            )
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(
+                f"parameter {name} holds NaN or infinity; repair the checkpoint before quantizing"
+            )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; a failure puts every module's mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    except BaseException:
+        for module, training in modes.items():
+            module.training = training
+        raise

@@ -1,0 +1,205 @@
+"""What a model is worth: perplexity on a text, generation speed, and size."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """``perplexity == exp(nll / tokens)``; ``nll`` is the sum over the scored tokens, in nats."""
+
+    perplexity: float
+    tokens: int
+    nll: float
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    token_ids: Tensor,
+    *,
+    window: int = 512,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> PerplexityResult:
+    """Perplexity of a causal language model on one long text.
+
+    The text is cut into windows without overlap and without special tokens; each window scores
+    its last ``window - 1`` tokens, and a last incomplete window is left out. Compare numbers of
+    equal ``window`` and ``tokens`` only.
+
+    Args:
+        token_ids: the tokens of the text, of shape ``[T]`` or ``[1, T]``.
+        max_tokens: score at most so many tokens, in whole windows; None scores all.
+
+    Raises:
+        ValueError: there is not one whole window to score.
+    """
+    flat = token_ids.reshape(-1)
+    count = _window_count(flat.numel(), window, max_tokens)
+    windows = flat[: count * window].view(count, window)
+    device = next(model.parameters()).device
+    nll = 0.0
+    for ids in tqdm(windows, desc="perplexity", unit="window", disable=not progress):
+        nll += _window_nll(model, ids[None].to(device))
+    tokens = count * (window - 1)
+    return PerplexityResult(_exp(nll / tokens), tokens, nll)
+
+
+def _window_count(tokens: int, window: int, max_tokens: int | None) -> int:
+    if window < 2:
+        raise ValueError(f"window={window} scores nothing; it takes at least 2 tokens")
+    count = tokens // window
+    if max_tokens is not None:
+        count = min(count, max_tokens // (window - 1))
+    if count == 0:
+        raise ValueError(
+            f"{tokens} tokens (max_tokens={max_tokens}) hold no whole window of {window} tokens; "
+            "give a longer text, more max_tokens or a smaller window"
+        )
+    return count
+
+
+def _window_nll(model: nn.Module, ids: Tensor) -> float:
+    output = model(ids)
+    logits = output if isinstance(output, Tensor) else output.logits
+    return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
+
+
+def _exp(mean_nll: float) -> float:
+    try:
+        return math.exp(mean_nll)
+    except OverflowError:
+        return math.inf
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A repeated measurement: ``low <= median <= high``."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class GenerationSpeed:
+    """Tokens per second of ``generate`` at batch 1: the prompt's, and the new ones' after the
+    first (which the prefill yields).
+    """
+
+    prefill: Spread
+    decode: Spread
+    prompt_tokens: int
+    new_tokens: int
+
+
+def measure_generation_speed(
+    model: Any,
+    input_ids: Tensor,
+    new_tokens: int,
+    *,
+    repeats: int = 3,
+    progress: bool = False,
+) -> GenerationSpeed:
+    """Times greedy ``model.generate`` as a user calls it, after one untimed round that compiles.
+
+    Decode is the time of ``new_tokens`` less that of one new token, hence without the prefill.
+
+    Args:
+        input_ids: the prompt, of shape ``[1, T]``.
+        new_tokens: how many to generate, at least 2; an end-of-text token does not stop early.
+    """
+    if new_tokens < 2:
+        raise ValueError(f"new_tokens={new_tokens} leaves nothing to time after the first token")
+    prefill, decode = [], []
+    prompt_tokens = input_ids.shape[-1]
+    rounds = tqdm(range(repeats + 1), desc="generation", unit="round", disable=not progress)
+    for index in rounds:
+        first = _generation_seconds(model, input_ids, 1)
+        # The floor is for a timer's noise, not for a real decode.
+        rest = max(_generation_seconds(model, input_ids, new_tokens) - first, 1e-9)
+        if index > 0:
+            prefill.append(prompt_tokens / first)
+            decode.append((new_tokens - 1) / rest)
+    return GenerationSpeed(Spread.of(prefill), Spread.of(decode), prompt_tokens, new_tokens)
+
+
+@torch.no_grad()
+def _generation_seconds(model: Any, input_ids: Tensor, new_tokens: int) -> float:
+    _synchronize(input_ids.device)
+    start = time.perf_counter()
+    model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+    )
+    _synchronize(input_ids.device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """``bytes`` of all parameters and buffers, scales and packing included, and how many
+    ``weights`` (logical elements of the parameters) they stand for.
+    """
+
+    bytes: int
+    weights: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.weights if self.weights else 0.0
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Size of a model's tensors: shared ones count once, tensor subclasses by what they hold."""
+    seen: dict[object, int] = {}
+    weights = 0
+    for tensor in chain(model.parameters(), model.buffers()):
+        before = len(seen)
+        seen.update((_identity(leaf), leaf.nbytes) for leaf in _leaves(tensor))
+        if len(seen) > before and isinstance(tensor, nn.Parameter):
+            weights += tensor.numel()
+    return ModelSize(sum(seen.values()), weights)
+
+
+def _leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a (possibly nested) tensor subclass consists of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _leaves(getattr(tensor, name))
+
+
+def _identity(leaf: Tensor) -> object:
+    """Equal for two tensors on the same memory (tied weights need not be one Python object)."""
+    pointer = leaf.untyped_storage().data_ptr() if leaf.device.type != "meta" else 0
+    # Empty and meta tensors have no memory to share.
+    return (leaf.device, pointer, leaf.storage_offset(), leaf.shape) if pointer else id(leaf)

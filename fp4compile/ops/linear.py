@@ -1,0 +1,76 @@
+"""``fp4::linear``: GEMM of an activation operand with a packed weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp4compile.formats import INT8_MAX, FloatFormat, by_name
+from fp4compile.packing import unpack_values
+
+FLOAT32_EXACT_INTEGERS = 2**24
+
+
+def accumulator_dtype(operand: torch.dtype, fmt: FloatFormat, reduction: int) -> torch.dtype:
+    """A float type in which the eager GEMM is exact on the integer route.
+
+    The sums of K products of an int8 operand with integer weight values are integers. float32
+    holds them exactly, in any order of summation, while the largest possible one is below 2^24.
+    """
+    if operand != torch.int8 or not fmt.fits_int8:
+        return torch.float32
+    largest_sum = reduction * INT8_MAX * fmt.max_integer
+    return torch.float32 if largest_sum < FLOAT32_EXACT_INTEGERS else torch.float64
+
+
+@torch.library.custom_op("fp4::linear", mutates_args=())
+def linear(
+    operand: Tensor,
+    operand_scale: Tensor | None,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_format: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``y[m, n] = (sum_k operand[m, k] * w[n, k]) * operand_scale[m] * weight_scale[n] + bias[n]``.
+
+    Args:
+        operand: ``[..., K]``. int8 or bfloat16 from ``quantize_activation``, or the unquantized
+            activation (float32, bfloat16, float16) with ``operand_scale`` None (weight-only).
+        operand_scale: float32, 0-d or ``[..., 1]``, or None.
+        packed_weight: uint8 ``[N, packed_size(K)]``, layout of ``packing.py``.
+        weight_scale: float32 ``[N]``.
+        bias: ``[N]``, any floating dtype, or None.
+        weight_format: a name in ``formats.FORMATS``.
+        out_dtype: dtype of the result.
+
+    Returns:
+        ``[..., N]`` in ``out_dtype``. With an int8 operand and a weight format that fits int8 the
+        sum is exact (numerics: int32); then float32 products, first with ``operand_scale``, then
+        with ``weight_scale``, then the bias, each rounded once.
+    """
+    fmt = by_name(weight_format)
+    reduction = operand.shape[-1]
+    exact = accumulator_dtype(operand.dtype, fmt, reduction)
+    weight = unpack_values(packed_weight, fmt, reduction)
+    y = torch.nn.functional.linear(operand.to(exact), weight.to(exact)).to(torch.float32)
+    if operand_scale is not None:
+        y = y * operand_scale
+    y = y * weight_scale
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(out_dtype)
+
+
+@linear.register_fake
+def _(
+    operand: Tensor,
+    operand_scale: Tensor | None,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_format: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return operand.new_empty((*operand.shape[:-1], packed_weight.shape[0]), dtype=out_dtype)

@@ -1,0 +1,46 @@
+"""What the passes decide, and the one place that changes the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fp4compile.qparams import SiteQParams
+from fp4compile.trace import Graph
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """The traced model, the decision per site, and what the passes derived from them.
+
+    ``parameters``: new value by parameter name (tied names map to one object).
+    ``row_shifts``: int8 ``[N]`` by site; the site's outputs are to be multiplied by 2^-row_shift.
+    ``folded``: names of the sites whose exponent shifts a producer absorbed, by the producer.
+    """
+
+    model: nn.Module
+    graph: Graph
+    qparams: Mapping[str, SiteQParams]
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    row_shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    folded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def commit(rewrite: Rewrite) -> None:
+    """Put the new parameters into the model and freeze all others (FP4 is for inference)."""
+    made: dict[int, nn.Parameter] = {}
+    for name, value in rewrite.parameters.items():
+        owner_name, _, attribute = name.rpartition(".")
+        # Tied names were given the same value and must stay one parameter.
+        parameter = made.setdefault(id(value), nn.Parameter(value, requires_grad=False))
+        setattr(rewrite.model.get_submodule(owner_name), attribute, parameter)
+    rewrite.model.requires_grad_(False)
+
+
+def oriented(model: nn.Module, name: str, transposed: bool) -> Tensor:
+    """The parameter as float32 ``[N, K]``."""
+    weight = model.get_parameter(name).detach().to(torch.float32)
+    return weight.t().contiguous() if transposed else weight

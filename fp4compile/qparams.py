@@ -1,0 +1,135 @@
+"""What is asked (:class:`QuantSpec`) and what is decided (``*QParams``), as frozen values.
+
+THE dequantization equation, for an activation ``x`` ``[M, K]`` and a weight ``w`` ``[N, K]``:
+
+    x[m, k] ~ activation.scale[m] * 2^exponent_shift[k] * integer_value(code_x[m, k])
+    w[n, k] ~ weight.scale[n] * integer_value(code_w[n, k])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from fp4compile.errors import SpecError
+from fp4compile.formats import FloatFormat, by_name, of_width
+
+GRANULARITIES = ("channel", "tensor", "token")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one tensor may be quantized: the width, the formats to choose from (all of the width
+    when empty), what shares one scale, and whether channels get integer exponent shifts.
+    """
+
+    bits: int
+    formats: tuple[str, ...] = ()
+    granularity: str = "channel"
+    exponent_shift: bool = False
+
+    def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise SpecError(f"granularity {self.granularity!r} is not one of {GRANULARITIES}")
+        wrong = [name for name in self.formats if by_name(name).bits != self.bits]
+        if wrong:
+            raise SpecError(f"formats {wrong} do not have {self.bits} bits; leave formats empty "
+                            "to let the search choose among all of the width")
+        of_width(self.bits)
+
+    @property
+    def candidates(self) -> tuple[FloatFormat, ...]:
+        """The formats that the search may choose from."""
+        return tuple(by_name(name) for name in self.formats) or of_width(self.bits)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Bits and granularity per role. ``activation`` None keeps activations in their dtype.
+    ``embedding`` None keeps embeddings (and a head tied to one) in high precision.
+    """
+
+    weight: TensorSpec
+    activation: TensorSpec | None
+    embedding: TensorSpec | None
+
+    @classmethod
+    def preset(cls, name: str) -> QuantSpec:
+        """``w4a4``, ``w4a8``, ``w4a16``, ``w6a6`` or ``w8a8``: weight and activation bits.
+
+        Embedding and head follow the weights, as in the E/W/A columns of LLM-FP4's tables;
+        weights have a scale per output channel, activations one static scale per tensor and
+        integer exponent shifts per channel.
+
+        Raises:
+            SpecError: there is no such preset.
+        """
+        if name not in _PRESET_BITS:
+            raise SpecError(f"unknown spec {name!r}; presets are {', '.join(_PRESET_BITS)}")
+        weight_bits, activation_bits = _PRESET_BITS[name]
+        weight = TensorSpec(weight_bits)
+        activation = (
+            None
+            if activation_bits == 16
+            else TensorSpec(activation_bits, granularity="tensor", exponent_shift=True)
+        )
+        return cls(weight, activation, weight)
+
+    def per_token(self) -> QuantSpec:
+        """The same with dynamic activation scales, one per token."""
+        if self.activation is None:
+            raise SpecError("a spec without activation quantization has no activation scales")
+        return replace(self, activation=replace(self.activation, granularity="token"))
+
+
+_PRESET_BITS = {"w4a4": (4, 4), "w4a8": (4, 8), "w4a16": (4, 16), "w6a6": (6, 6), "w8a8": (8, 8)}
+PRESETS = tuple(_PRESET_BITS)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration saw of one activation ``x`` of K channels.
+
+    ``absmax`` ``[K]``; ``second_moment`` ``[K, K]`` = mean of ``x x^T`` over ``tokens`` tokens;
+    ``sample`` ``[T, K]``, a uniform sample of them. All float32.
+    """
+
+    absmax: Tensor
+    second_moment: Tensor
+    sample: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class WeightQParams:
+    """Format name and float32 scale ``[N]`` of a weight ``[N, K]``."""
+
+    format: str
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class ActivationQParams:
+    """Format name, granularity, and the float32 0-d ``scale`` that
+    ``fp4::quantize_activation`` takes (static scale, or clip ratio per token); int8
+    ``exponent_shift`` ``[K]`` or None; whether 2^-shift is folded into the producer.
+    """
+
+    format: str
+    granularity: str
+    scale: Tensor
+    exponent_shift: Tensor | None = None
+    shift_folded: bool = False
+
+
+@dataclass(frozen=True)
+class SiteQParams:
+    """The decision for one site, with its relative output error (mean squared error of the
+    layer output over its mean square, on calibration tokens) beside that of min-max.
+    """
+
+    weight: WeightQParams
+    activation: ActivationQParams | None
+    error: float
+    minmax_error: float

@@ -1,0 +1,119 @@
+"""What was done to every parameter, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from fp4compile.kernels import KernelChoice, kernel_choices
+from fp4compile.passes.plan import Rewrite
+from fp4compile.qparams import QuantSpec
+from fp4compile.recipe import Recipe
+from fp4compile.tensor import FP4Tensor
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One quantized weight. ``error`` is the relative error of the layer's output on calibration
+    tokens, ``minmax_error`` what min-max in the standard format of the width would give.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weight_format: str
+    activation_format: str | None
+    granularity: str | None
+    shifted_channels: int
+    shift_folded_into: str | None
+    error: float
+    minmax_error: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """``sites`` that are FP4 now; ``skipped`` parameters of two or more dimensions, each with
+    its reason; ``recipe`` repeats the run.
+    """
+
+    spec: QuantSpec
+    method: str
+    sites: tuple[SiteReport, ...]
+    skipped: Mapping[str, str]
+    seconds: float
+    recipe: Recipe
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of codes, scales and shifts per quantized weight."""
+        weights = sum(site.shape[0] * site.shape[1] for site in self.sites)
+        return 8 * sum(site.bytes for site in self.sites) / max(weights, 1)
+
+    @property
+    def kernels(self) -> tuple[KernelChoice, ...]:
+        """Which kernel every GEMM compiled so far got, and why; empty before compiling."""
+        return kernel_choices()
+
+    def summary(self) -> str:
+        """A few lines for the log."""
+        errors = [site.error for site in self.sites if site.activation_format is not None]
+        lines = [
+            f"{len(self.sites)} weights quantized ({self.method}, "
+            f"{self.bits_per_weight:.2f} bits per weight, {self.seconds:.0f} s), "
+            f"{sum(site.shift_folded_into is not None for site in self.sites)} with exponent "
+            f"shifts folded into their producer"
+        ]
+        if errors:
+            lines[0] += f", median relative output error {median(errors):.4f}"
+        lines += [f"in high precision: {name}: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the recipe, as plain values."""
+        return {
+            "spec": asdict(self.spec),
+            "method": self.method,
+            "seconds": self.seconds,
+            "bits_per_weight": self.bits_per_weight,
+            "sites": [asdict(site) for site in self.sites],
+            "skipped": dict(self.skipped),
+            "kernels": [asdict(choice) for choice in self.kernels],
+        }
+
+
+def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) -> Report:
+    """The report of a committed rewrite."""
+    producer = {site: name for name, sites in rewrite.folded.items() for site in sites}
+    sites = tuple(
+        _site_report(rewrite, site.name, producer.get(site.name))
+        for site in rewrite.graph.sites
+        if site.name in rewrite.qparams
+    )
+    undecided = {
+        site.name: "the recipe does not name it"
+        for site in rewrite.graph.sites
+        if site.name not in rewrite.qparams
+    }
+    skipped = {**rewrite.graph.skipped, **undecided}
+    return Report(spec, method, sites, skipped, seconds, Recipe(rewrite.qparams))
+
+
+def _site_report(rewrite: Rewrite, name: str, producer: str | None) -> SiteReport:
+    decision, tensor = rewrite.qparams[name], rewrite.parameters[name]
+    assert isinstance(tensor, FP4Tensor)
+    activation = decision.activation
+    shift = None if activation is None else activation.exponent_shift
+    return SiteReport(
+        name=name,
+        shape=tuple(tensor.shape),
+        weight_format=decision.weight.format,
+        activation_format=None if activation is None else activation.format,
+        granularity=None if activation is None else activation.granularity,
+        shifted_channels=0 if shift is None else int((shift > 0).sum()),
+        shift_folded_into=producer,
+        error=decision.error,
+        minmax_error=decision.minmax_error,
+        bytes=sum(getattr(tensor, part).nbytes for part in tensor.__tensor_flatten__()[0]),
+    )

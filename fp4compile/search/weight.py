@@ -1,0 +1,125 @@
+"""Format and per-output-channel clipping of one weight, by the error of the layer output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp4compile.formats import FloatFormat
+from fp4compile.numerics import fake_quantize, scale_for_max
+from fp4compile.qparams import WeightQParams
+from fp4compile.search.grid import clip_factors
+
+STEPS_PER_OCTAVE = 8
+OCTAVES_BELOW = 1.125
+# Candidates per row that get the exact objective, after ranking by its diagonal.
+EXACT_CANDIDATES = 3
+# Then the best scale is refined by these exponents, halving the grid's step twice.
+REFINEMENTS = (1 / 16, 1 / 32)
+# A format whose error by the diagonal is this many times the best one's cannot win.
+HOPELESS = 1.5
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """Quadratic output error of a candidate weight row ``v`` in place of ``w``:
+
+    ``v A v^T - 2 v B w^T + w H w^T`` with ``A`` = E[x_hat x_hat^T], ``B`` = E[x_hat x^T] and
+    ``H`` = E[x x^T]; without activation quantization all three are H.
+    """
+
+    quantized_moment: Tensor
+    cross_moment: Tensor
+
+    @classmethod
+    def of_inputs(cls, moment: Tensor) -> OutputError:
+        """Inputs in full precision."""
+        return cls(moment, moment)
+
+    @classmethod
+    def of_samples(cls, x_hat: Tensor, x: Tensor) -> OutputError:
+        """Inputs ``x`` ``[T, K]`` that the layer sees as ``x_hat``."""
+        return cls(x_hat.t() @ x_hat, x_hat.t() @ x)
+
+    def rows(self, candidate: Tensor, weight: Tensor) -> Tensor:
+        """Error of every row ``[N]``, less what no candidate changes (``w H w^T``)."""
+        if self.cross_moment is self.quantized_moment:
+            difference = candidate - weight
+            return (difference @ self.quantized_moment * difference).sum(dim=1)
+        cross = 2 * weight @ self.cross_moment.t()
+        return ((candidate @ self.quantized_moment - cross) * candidate).sum(dim=1)
+
+    def diagonal_rows(self, candidate: Tensor, weight: Tensor) -> Tensor:
+        """:meth:`rows` without the correlation between channels, K times cheaper."""
+        # The row's target is what would be best without rounding if channels were uncorrelated.
+        ideal = weight * (self.cross_moment.diagonal() / self.quantized_moment.diagonal())
+        return (candidate - ideal.nan_to_num_()).square() @ self.quantized_moment.diagonal()
+
+
+def search_weight(
+    weight: Tensor, objective: OutputError, formats: Sequence[FloatFormat]
+) -> WeightQParams:
+    """The format (per tensor) and scales (per row) with the least output error.
+
+    Args:
+        weight: float32 ``[N, K]``.
+    """
+    ranked = [_rank_clipping(weight, objective, fmt) for fmt in formats]
+    promise = [float(candidates.diagonal_error.sum()) for candidates in ranked]
+    found = [
+        (fmt, *_best_of(weight, objective, fmt, candidates.scales))
+        for fmt, candidates, error in zip(formats, ranked, promise, strict=True)
+        if error <= HOPELESS * min(promise)
+    ]
+    fmt, scale, _ = min(found, key=lambda item: float(item[2].sum()))
+    for step in REFINEMENTS:
+        scale, _ = _best_of(weight, objective, fmt, _around(scale, step))
+    return WeightQParams(fmt.name, scale)
+
+
+def minmax_weight(weight: Tensor, fmt: FloatFormat) -> WeightQParams:
+    """Per-row scales that clip nothing."""
+    return WeightQParams(fmt.name, scale_for_max(weight.abs().amax(dim=1), fmt))
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """``scales`` ``[candidates, N]`` and the least ``diagonal_error`` ``[N]`` among all tried."""
+
+    scales: Tensor
+    diagonal_error: Tensor
+
+
+def _rank_clipping(weight: Tensor, objective: OutputError, fmt: FloatFormat) -> _Candidates:
+    """The most promising scales of every row by the diagonal of the objective."""
+    minmax = scale_for_max(weight.abs().amax(dim=1), fmt)
+    factors = clip_factors(STEPS_PER_OCTAVE, OCTAVES_BELOW)
+    errors = torch.stack(
+        [
+            objective.diagonal_rows(fake_quantize(weight, fmt, (minmax * f)[:, None]), weight)
+            for f in factors
+        ]
+    )
+    least = errors.min(dim=0).values
+    # Min-max stays a candidate whatever the diagonal says of it.
+    errors[(factors == 1.0).nonzero()[0]] = -torch.inf
+    shortlist = errors.topk(min(EXACT_CANDIDATES, len(factors)), dim=0, largest=False).indices
+    return _Candidates(minmax * factors[shortlist], least)
+
+
+def _best_of(
+    weight: Tensor, objective: OutputError, fmt: FloatFormat, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(scale ``[N]``, exact error ``[N]``) of the best of ``scales`` for every row."""
+    errors = torch.stack(
+        [objective.rows(fake_quantize(weight, fmt, s[:, None]), weight) for s in scales]
+    )
+    error, index = errors.min(dim=0)
+    return scales.gather(0, index[None])[0], error
+
+
+def _around(scale: Tensor, step: float) -> Tensor:
+    return torch.stack((scale, scale * 2.0**step, scale * 2.0**-step))

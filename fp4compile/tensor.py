@@ -1,0 +1,299 @@
+"""The quantized weight: a traceable tensor subclass that stands where the parameter stood.
+
+``F.linear``, ``addmm``, ``matmul`` and ``F.embedding`` on it call the ``fp4::`` ops, so a model is
+quantized by what it computes, not by the classes of its modules; eager calls, ``generate``,
+``state_dict``, ``torch.compile`` and ``torch.export`` all see the same object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from fp4compile import ops
+from fp4compile.errors import UnsupportedOperationError
+from fp4compile.formats import by_name
+from fp4compile.packing import unpack_values
+
+aten = torch.ops.aten
+
+
+class FP4Tensor(torch.Tensor):
+    """Packed codes of a weight ``[N, K]`` with all that a call needs to use them.
+
+    ``packed_weight`` uint8 ``[N, packed_size(K)]``; ``weight_scale`` float32 ``[N]``.
+    ``activation_scale`` float32 0-d and ``exponent_shift`` int8 ``[K]`` are those of
+    ``fp4::quantize_activation``; ``activation_format`` None means weight-only. The logical shape
+    is ``[N, K]``, or ``[K, N]`` when ``transposed`` (weights of addmm and matmul); ``dtype`` is
+    the one the parameter had.
+    """
+
+    packed_weight: Tensor
+    weight_scale: Tensor
+    activation_scale: Tensor | None
+    exponent_shift: Tensor | None
+    weight_format: str
+    activation_format: str | None
+    granularity: str
+    shift_folded: bool
+    reduction: int
+    transposed: bool
+
+    TENSORS = ("packed_weight", "weight_scale", "activation_scale", "exponent_shift")
+    ATTRIBUTES = (
+        "weight_format",
+        "activation_format",
+        "granularity",
+        "shift_folded",
+        "reduction",
+        "transposed",
+    )
+
+    @staticmethod
+    def __new__(
+        cls,
+        packed_weight: Tensor,
+        weight_scale: Tensor,
+        activation_scale: Tensor | None = None,
+        exponent_shift: Tensor | None = None,
+        *,
+        weight_format: str,
+        activation_format: str | None = None,
+        granularity: str = "tensor",
+        shift_folded: bool = False,
+        reduction: int,
+        transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> FP4Tensor:
+        rows = packed_weight.shape[0]
+        shape = (reduction, rows) if transposed else (rows, reduction)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=packed_weight.device, requires_grad=False
+        )
+
+    def __init__(
+        self,
+        packed_weight: Tensor,
+        weight_scale: Tensor,
+        activation_scale: Tensor | None = None,
+        exponent_shift: Tensor | None = None,
+        *,
+        weight_format: str,
+        activation_format: str | None = None,
+        granularity: str = "tensor",
+        shift_folded: bool = False,
+        reduction: int,
+        transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.packed_weight = packed_weight
+        self.weight_scale = weight_scale
+        self.activation_scale = activation_scale
+        self.exponent_shift = exponent_shift
+        self.weight_format = weight_format
+        self.activation_format = activation_format
+        self.granularity = granularity
+        self.shift_folded = shift_folded
+        self.reduction = reduction
+        self.transposed = transposed
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        present = [name for name in self.TENSORS if getattr(self, name) is not None]
+        return present, self._attributes()
+
+    def _attributes(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.ATTRIBUTES} | {"dtype": self.dtype}
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, tensors: dict[str, Tensor], attributes: dict[str, Any], _size: Any, _stride: Any
+    ) -> FP4Tensor:
+        return cls(**tensors, **attributes)
+
+    def _stable_hash_for_caching(self) -> str:
+        # Key of AOTAutograd's on-disk cache: everything a graph may specialise on.
+        tensors = [(name, getattr(self, name).shape) for name in self.__tensor_flatten__()[0]]
+        return f"{type(self).__qualname__}{tensors}{sorted(self._attributes().items())}"
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        activation = self.activation_format or "16-bit"
+        return (
+            f"FP4Tensor(shape={tuple(self.shape)}, weight={self.weight_format}, "
+            f"activation={activation} per {self.granularity}, device={self.device})"
+        )
+
+    def with_attributes(self, **changes: Any) -> FP4Tensor:
+        """The same tensors with some attributes replaced."""
+        tensors = {name: getattr(self, name) for name in self.TENSORS}
+        return type(self)(**tensors, **(self._attributes() | changes))
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor], **changes: Any) -> FP4Tensor:
+        """``function`` applied to every inner tensor."""
+        tensors = {name: function(getattr(self, name)) for name in self.__tensor_flatten__()[0]}
+        return type(self)(**tensors, **(self._attributes() | changes))
+
+    def dequantize(self) -> Tensor:
+        """The weight that the codes mean, float32, in the logical shape."""
+        values = unpack_values(self.packed_weight, by_name(self.weight_format), self.reduction)
+        weight = values * self.weight_scale.unsqueeze(-1)
+        return weight.t() if self.transposed else weight
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ W^T + bias`` for ``x`` ``[..., K]``, through the fp4:: ops."""
+        operand, operand_scale = x, None
+        if self.activation_format is not None:
+            assert self.activation_scale is not None
+            operand, operand_scale = ops.quantize_activation(
+                x,
+                self.activation_scale,
+                self.exponent_shift,
+                self.activation_format,
+                self.granularity,
+                self.shift_folded,
+            )
+        return ops.linear(
+            operand,
+            operand_scale,
+            self.packed_weight,
+            self.weight_scale,
+            bias,
+            self.weight_format,
+            x.dtype,
+        )
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Rows of the weight, in its dtype."""
+        return ops.embedding(
+            indices,
+            self.packed_weight,
+            self.weight_scale,
+            self.weight_format,
+            self.reduction,
+            self.dtype,
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = _FUNCTIONS.get(func)
+        if handler is not None:
+            return handler(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ELEMENTWISE:
+            out = args[0].map_tensors(lambda tensor: func(tensor, *args[1:], **kwargs))
+            return return_and_correct_aliasing(func, args, kwargs, out)
+        if func is aten._to_copy.default:
+            return _to_copy(*args, **kwargs)
+        if func is aten.t.default:
+            out = args[0].with_attributes(transposed=not args[0].transposed)
+            return return_and_correct_aliasing(func, args, kwargs, out)
+        if func is aten.copy_.default:
+            return _copy(*args, **kwargs)
+        if func in _DISPATCH:
+            return _DISPATCH[func](*args, **kwargs)
+        raise UnsupportedOperationError(
+            f"{func} is not defined for a quantized weight of shape {tuple(args[0].shape)}; "
+            "call .dequantize() on it, or leave this parameter out with ignore=[...]"
+        )
+
+
+_ELEMENTWISE = frozenset({aten.detach.default, aten.clone.default, aten.alias.default})
+
+
+def _to_copy(self: FP4Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any) -> FP4Tensor:
+    # The dtype is the logical one; codes and scales keep theirs.
+    kwargs.pop("memory_format", None)
+    return self.map_tensors(
+        lambda tensor: aten._to_copy.default(tensor, **kwargs), dtype=dtype or self.dtype
+    )
+
+
+def _copy(self: FP4Tensor, source: Tensor, non_blocking: bool = False) -> FP4Tensor:
+    if not isinstance(source, FP4Tensor) or source.__tensor_flatten__() != self.__tensor_flatten__():
+        raise UnsupportedOperationError(
+            f"cannot copy {source!r} into {self!r}; quantized weights are copied only between "
+            "tensors of the same format, granularity and shape"
+        )
+    for name in self.__tensor_flatten__()[0]:
+        getattr(self, name).copy_(getattr(source, name), non_blocking)
+    return self
+
+
+def _linear(input: Tensor, weight: FP4Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, FP4Tensor) or weight.transposed:
+        raise UnsupportedOperationError(
+            "F.linear needs the quantized tensor as its weight [N, K], not as its input or "
+            "transposed; leave this parameter out with ignore=[...]"
+        )
+    return weight.linear(input, bias)
+
+
+def _matmul(input: Tensor, other: FP4Tensor) -> Tensor:
+    if not isinstance(other, FP4Tensor) or not other.transposed:
+        raise UnsupportedOperationError(
+            "matmul needs the quantized tensor as its right operand [K, N]; "
+            "leave this parameter out with ignore=[...]"
+        )
+    return other.linear(input, None)
+
+
+def _addmm(
+    input: Tensor, mat1: Tensor, mat2: FP4Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    if beta != 1 or alpha != 1 or not isinstance(mat2, FP4Tensor) or not mat2.transposed:
+        raise UnsupportedOperationError(
+            f"addmm on a quantized weight needs it as mat2 [K, N] and beta = alpha = 1, "
+            f"got beta={beta}, alpha={alpha}; leave this parameter out with ignore=[...]"
+        )
+    return mat2.linear(mat1, input)
+
+
+def _embedding(
+    input: Tensor,
+    weight: FP4Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *_unused: Any,
+    **_also_unused: Any,
+) -> Tensor:
+    if max_norm is not None:
+        raise UnsupportedOperationError(
+            "an embedding with max_norm rescales its weight in place and cannot be quantized; "
+            "leave it out with ignore=[...]"
+        )
+    return weight.lookup(input)
+
+
+_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+    torch.addmm: _addmm,
+    torch.Tensor.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.mm: _matmul,
+    torch.Tensor.mm: _matmul,
+}
+_DISPATCH: dict[Any, Callable[..., Tensor]] = {
+    aten.linear.default: _linear,
+    aten.mm.default: _matmul,
+    aten.matmul.default: _matmul,
+    aten.addmm.default: _addmm,
+    aten.embedding.default: lambda weight, indices, *_rest: weight.lookup(indices),
+}
+
+torch.serialization.add_safe_globals([FP4Tensor])

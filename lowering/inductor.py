@@ -1,0 +1,252 @@
+"""The only file that touches torch._inductor privates.
+
+Facts it relies on, checked by tests/lowering: CppTemplate renders twice (once to name the
+arguments, once with the epilogue that the scheduler fused); Inductor's on-disk cache does not see
+out-of-tree lowerings, hence :class:`SourceHash`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor import ir
+from torch._inductor import lowering as inductor_lowering  # must precede codegen.cpp_template
+from torch._inductor.codegen.cpp_gemm_template import (
+    gen_2d_view_of_epilogue_buf,
+    get_export_declaration,
+)
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import register_decomposition
+from torch._inductor.utils import parallel_num_threads
+from torch._inductor.virtualized import V, ops
+
+import fp4compile
+from fp4compile.errors import CompileError
+from fp4compile.lowering.problem import GemmProblem, bfloat16_bits
+
+TESTED_TORCH = ((2, 12), (2, 15))  # first supported, first not yet tried
+PACKAGE_ROOTS = (Path(fp4compile.__file__).parent, Path(__file__).parent)
+SOURCE_SUFFIXES = (".py", ".jinja")
+
+
+def check_torch_version(version: str = torch.__version__) -> None:
+    """Raise CompileError where the privates used here were never run."""
+    release = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    first, beyond = TESTED_TORCH
+    if not first <= release < beyond:
+        raise CompileError(
+            f"torch {version} was never tried with fp4compile's Inductor lowerings; "
+            f"install torch >= {first[0]}.{first[1]}, < {beyond[0]}.{beyond[1]}"
+        )
+
+
+@cache
+def source_hash() -> str:
+    """Hash of every source of fp4compile and its lowerings."""
+    digest = hashlib.sha256()
+    for root in PACKAGE_ROOTS:
+        for path in sorted(p for p in root.rglob("*") if p.suffix in SOURCE_SUFFIXES):
+            digest.update(f"{path.relative_to(root)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class SourceHash(CustomGraphPass):
+    """Does nothing to the graph; its uuid puts our sources and choices into the cache key."""
+
+    def __init__(self, settings: Callable[[], str]) -> None:
+        self.settings = settings
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        pass
+
+    def uuid(self) -> str:
+        return f"fp4compile-{source_hash()}-{self.settings()}"
+
+
+def install_source_hash(settings: Callable[[], str]) -> None:
+    """Append :class:`SourceHash` to whatever the user has in the slot."""
+    present = inductor_config.post_grad_custom_pre_pass
+    chain = list(present) if isinstance(present, (list, tuple)) else [present] if present else []
+    if not any(isinstance(item, SourceHash) for item in chain):
+        inductor_config.post_grad_custom_pre_pass = [*chain, SourceHash(settings)]
+
+
+def source_hash_installed() -> bool:
+    """Whether the slot still holds our pass (a user may have assigned it after our import)."""
+    present = inductor_config.post_grad_custom_pre_pass
+    chain = present if isinstance(present, (list, tuple)) else [present]
+    return any(isinstance(item, SourceHash) for item in chain)
+
+
+class GemmTemplate(CppTemplate):
+    """A two-dimensional GEMM whose kernel text comes from a target.
+
+    ``inputs`` maps the names used in the text to realized, contiguous buffers.
+    """
+
+    def __init__(
+        self, name: str, source: str, problem: GemmProblem, inputs: dict[str, Any],
+        layout: ir.Layout,
+    ) -> None:
+        super().__init__(name, list(inputs.values()), layout, parallel_num_threads())
+        self.source = source
+        self.problem = problem
+        self.input_names = tuple(inputs)
+
+    def render(
+        self,
+        kernel: Any,
+        template_buffer_node: Any = None,
+        flag_template_buffer_has_other_users: bool | None = None,
+        epilogue_nodes: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        node = template_buffer_node or self.output_node
+        out = _Output(node, bool(flag_template_buffer_has_other_users), epilogue_nodes or [])
+        with contextlib.ExitStack() as stack:
+            for buffer in out.fake_buffers:
+                stack.enter_context(
+                    patch.object(V.graph, "get_dtype", self._fake_get_dtype(buffer))
+                )
+            return self._template_from_string(self.source).render(
+                kernel=kernel,
+                header=self.header().getvalue(),
+                export=get_export_declaration(),
+                problem=self.problem,
+                bfloat16_bits=bfloat16_bits,
+                operand_type=DTYPE_TO_CPP[self.problem.operand_dtype],
+                inputs=dict(zip(self.input_names, self.input_nodes, strict=True)),
+                out=out,
+                # Unless the user fixed a number, torch.set_num_threads holds at run time.
+                threads=None if inductor_config.cpp.threads < 1 else self.num_threads,
+                define_tile=lambda rows, columns: kernel.define_buffer(
+                    "tile", [rows, columns], torch.float32
+                ),
+                store=lambda rows, columns: self._store(kernel, out, rows, columns),
+            )
+
+    def _store(self, kernel: Any, out: _Output, rows: tuple[str, str], columns: tuple[str, str]
+               ) -> str:
+        """Text that carries ``tile`` through the fused epilogue to rows x columns of the result."""
+        tile = kernel.slice_nd(
+            kernel.local_buffers["tile"],
+            [("0", f"{rows[1]} - {rows[0]}"), ("0", f"{columns[1]} - {columns[0]}")],
+        )
+        return kernel.store_output(
+            kernel.slice_nd(out.matrix, [rows, columns]), tile, out.gemm, out.epilogue,
+            offsets=(rows[0], columns[0]), reindexers=out.reindexers,
+        )
+
+
+class _Output:
+    """Where a template's result goes: gemm -> (copy) -> template buffer -> epilogue -> written."""
+
+    def __init__(self, node: Any, has_other_users: bool, epilogue: list[Any]) -> None:
+        self.gemm = node
+        self.epilogue: list[Any] = []
+        self.reindexers: list[Any] = []
+        self.fake_buffers: list[Any] = []
+        aliased: list[str] = []
+        if has_other_users:
+            # The tile is local, so the users outside the epilogue need a copy in memory.
+            self.gemm = ir.Buffer(name=f"{node.get_name()}_gemm", layout=node.layout)
+            self.epilogue.append(_copy(self.gemm, node))
+            self.fake_buffers.append(self.gemm)
+            self.reindexers.append(None)
+            aliased.append(self.gemm.get_name())
+        elif epilogue:
+            aliased.append(node.get_name())
+        self.written = node
+        self.matrix = node
+        if epilogue:
+            self.epilogue.extend(epilogue)
+            self.written = epilogue[-1]
+            self.matrix, self.reindexers = gen_2d_view_of_epilogue_buf(
+                self.written, node, epilogue, self.reindexers, [None] * len(epilogue)
+            )
+        self.aliases = dict.fromkeys(aliased, self.written.get_name())
+
+
+def _copy(source: Any, destination: Any) -> Any:
+    load = source.make_loader()
+    dtype = destination.get_dtype()
+    data = ir.Pointwise(
+        device=source.get_device(), dtype=dtype, ranges=source.get_size(),
+        inner_fn=lambda index: ops.to_dtype(load(index), dtype),
+    )
+    return ir.ComputedBuffer(name=destination.get_name(), layout=destination.layout, data=data)
+
+
+def register(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the lowering of ``op`` from realized inputs to an IR node."""
+    # Otherwise a producer with several consumers is computed once per consumer.
+    inductor_lowering.add_needs_realized_inputs([op])
+    return inductor_lowering.register_lowering(op, type_promotion_kind=None)
+
+
+def register_as_aten(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: a plain-torch equivalent of ``op``, which Inductor then fuses like any other."""
+    return register_decomposition([op])
+
+
+def eager_reference(op: Any) -> Callable[..., Any]:
+    """A lowering that calls the op's eager kernel."""
+    return inductor_lowering.fallback_handler(op, add_to_fallback_set=False)
+
+
+def static_int(size: Any) -> int:
+    """Value of a size that is fixed for a model; adds a guard where it is symbolic."""
+    return int(V.graph.sizevars.guard_int(size))
+
+
+def as_matrix(node: Any) -> Any:
+    """``node`` realized, contiguous and viewed as ``[rows, last dimension]``."""
+    columns = node.get_size()[-1]
+    node = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
+    viewed = inductor_lowering.view(ir.TensorBox(node), [-1, columns])
+    return ir.ExternKernel.realize_input(viewed)
+
+
+def as_vector(node: Any) -> Any:
+    """``node`` realized, contiguous and viewed with one dimension."""
+    node = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
+    return ir.ExternKernel.realize_input(inductor_lowering.view(ir.TensorBox(node), [-1]))
+
+
+def to_dtype(node: Any, dtype: torch.dtype) -> Any:
+    return inductor_lowering.to_dtype(node, dtype)
+
+
+def gemm(
+    name: str, source: str, problem: GemmProblem, inputs: dict[str, Any], batch: Sequence[Any]
+) -> Any:
+    """IR node ``[*batch, N]`` computed by the kernel text ``source``."""
+    matrix = inputs["operand"]
+    size = [matrix.get_size()[0], problem.N]
+    layout = ir.FixedLayout(matrix.get_device(), problem.out_dtype, size)
+    template = GemmTemplate(name, source, problem, _distinct(inputs), layout)
+    return inductor_lowering.view(template.generate().output_node(), [*batch, problem.N])
+
+
+def _distinct(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Copies what appears twice: a kernel's arguments are told apart by their buffer's name."""
+    seen: set[str] = set()
+    result = {}
+    for name, node in inputs.items():
+        if node.get_name() in seen:
+            node = ir.ExternKernel.copy_input(node)
+        seen.add(node.get_name())
+        result[name] = node
+    return result
+

@@ -1,0 +1,57 @@
+"""Lowering of fp4::linear: ask the targets, else call the eager op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fp4compile.lowering import inductor
+from fp4compile.lowering.choice import choose
+from fp4compile.lowering.problem import GemmProblem
+from fp4compile.lowering.targets import CPU_TARGETS
+
+_OP = torch.ops.fp4.linear.default
+_reference = inductor.eager_reference(_OP)
+
+
+@inductor.register(_OP)
+def linear(
+    operand: Any, operand_scale: Any, packed_weight: Any, weight_scale: Any, bias: Any,
+    weight_format: str, out_dtype: torch.dtype,
+) -> Any:
+    problem = GemmProblem(
+        N=inductor.static_int(packed_weight.get_size()[0]),
+        K=inductor.static_int(operand.get_size()[-1]),
+        weight_format=weight_format.lower(),
+        operand_dtype=operand.get_dtype(),
+        operand_scale=_granularity(operand_scale),
+        block_scales=len(weight_scale.get_size()) > 1,
+        bias=bias is not None,
+        out_dtype=out_dtype,
+        device=operand.get_device().type,
+    )
+    target = choose(problem, CPU_TARGETS)
+    if target is None:
+        return _reference(
+            operand, operand_scale, packed_weight, weight_scale, bias, weight_format, out_dtype
+        )
+    inputs = {
+        "operand": inductor.as_matrix(operand),
+        "packed_weight": inductor.as_matrix(packed_weight),
+        "weight_scale": inductor.as_vector(weight_scale),
+    }
+    if operand_scale is not None:
+        inputs["operand_scale"] = inductor.as_vector(operand_scale)
+    if bias is not None:
+        inputs["bias"] = inductor.as_vector(inductor.to_dtype(bias, torch.float32))
+    return inductor.gemm(
+        f"fp4_{target.name}", target.source(problem), problem, inputs,
+        batch=operand.get_size()[:-1],
+    )
+
+
+def _granularity(operand_scale: Any) -> str | None:
+    if operand_scale is None:
+        return None
+    return "token" if operand_scale.get_size() else "tensor"

@@ -1,0 +1,53 @@
+"""GemmProblem: everything a target may look at to accept, decline or render a GEMM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fp4compile.formats import FloatFormat, by_name
+
+INT8, FLOAT = "int8", "float"
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """``y[M, N] = operand[M, K] . weight[N, K]``, then scales and bias. M is a run-time value."""
+
+    N: int
+    K: int
+    weight_format: str
+    operand_dtype: torch.dtype
+    operand_scale: str | None  # "tensor" (0-d), "token" ([M, 1]) or None
+    block_scales: bool
+    bias: bool
+    out_dtype: torch.dtype
+    device: str = "cpu"
+
+    @property
+    def format(self) -> FloatFormat:
+        return by_name(self.weight_format)
+
+    @property
+    def route(self) -> str:
+        """"int8" sums int8 products exactly in int32; "float" sums in float32."""
+        return INT8 if self.operand_dtype == torch.int8 else FLOAT
+
+    @property
+    def bfloat16_parts(self) -> int:
+        """How many bfloat16 (8 significant bits each) hold an operand of the float route exactly."""
+        return {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[self.operand_dtype]
+
+    def __str__(self) -> str:
+        dtype = str(self.operand_dtype).removeprefix("torch.")
+        scale = f" scale/{self.operand_scale}" if self.operand_scale else ""
+        return (
+            f"linear N={self.N} K={self.K} {dtype}{scale} x {self.weight_format}"
+            f"{' + bias' if self.bias else ''} -> {str(self.out_dtype).removeprefix('torch.')}"
+        )
+
+
+def bfloat16_bits(value: int) -> int:
+    """The bits of ``value`` as a bfloat16."""
+    return int(torch.tensor(value, dtype=torch.bfloat16).view(torch.uint16))

@@ -1,0 +1,57 @@
+"""CppTarget: what the C++ targets share, from declining a layout to joining the kernel text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fp4compile.lowering.problem import GemmProblem
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
+@cache
+def _text(name: str) -> str:
+    return (TEMPLATES / f"{name}.jinja").read_text()
+
+
+@dataclass(frozen=True)
+class CppTarget:
+    """A C++ kernel family. ``templates`` names the kernel text between prelude and driver;
+    ``declines`` gives the reason that is specific to the family.
+    """
+
+    name: str
+    templates: Callable[[GemmProblem], tuple[str, ...]]
+    declines: Callable[[GemmProblem], str | None]
+
+
+    def supports(self, problem: GemmProblem) -> str | None:
+        """None, or the reason for declining ``problem``."""
+        return layout_reason(problem) or self.declines(problem)
+
+    def source(self, problem: GemmProblem) -> str:
+        """Kernel text (jinja)."""
+        return "\n".join(_text(part) for part in ("prelude", *self.templates(problem), "driver"))
+
+
+def layout_reason(problem: GemmProblem) -> str | None:
+    """Why the packed layout cannot be read by any of the kernels, or None."""
+    if problem.device != "cpu":
+        return f"the operand is on {problem.device}"
+    if problem.format.bits != 4:
+        return f"{problem.weight_format} has {problem.format.bits} bits; the kernels read nibbles"
+    if problem.block_scales:
+        return "block scales need a sum per block"
+    return None
+
+
+def missing_flags(flags: tuple[str, ...]) -> str | None:
+    """Why this CPU cannot run a kernel that needs ``flags``, or None."""
+    present = torch.cpu.get_capabilities()
+    missing = [flag for flag in flags if not present.get(flag)]
+    return f"this CPU has no {', '.join(missing)}" if missing else None

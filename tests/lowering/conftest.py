@@ -1,0 +1,64 @@
+"""Compiling with a forced CPU target, and random operands of fp4::linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp4compile import lowering
+from fp4compile.formats import by_name
+from fp4compile.lowering.targets import CPU_TARGETS, CppTarget
+from fp4compile.packing import pack
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Every test compiles anew and leaves neither a forced target nor a thread count behind."""
+    threads, forced = torch.get_num_threads(), lowering.config.cpu_target
+    torch._dynamo.reset()
+    lowering.CHOICES.clear()
+    torch.manual_seed(0)
+    yield
+    lowering.config.cpu_target = forced
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=CPU_TARGETS, ids=lambda target: target.name)
+def target(request: pytest.FixtureRequest) -> CppTarget:
+    """Each CPU target in turn, forced."""
+    lowering.config.cpu_target = request.param.name
+    return request.param
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` under Inductor with sizes that may change from call to call."""
+    return torch.compile(function, backend="inductor", dynamic=True, fullgraph=True)
+
+
+@dataclass
+class Weight:
+    """A random packed weight ``[N, K]`` with scales per row and perhaps a bias."""
+
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    format: str
+
+    @staticmethod
+    def random(N: int, K: int, format: str, bias: torch.dtype | None = None) -> Weight:
+        bits = by_name(format).bits
+        codes = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8)
+        return Weight(
+            pack(codes, bits), torch.rand(N) + 0.1,
+            None if bias is None else torch.randn(N).to(bias), format,
+        )
+
+
+def int8_operand(*shape: int) -> Tensor:
+    """All of int8, so that the largest sums occur as well."""
+    return torch.randint(-128, 128, shape, dtype=torch.int8)

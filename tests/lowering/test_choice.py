@@ -1,0 +1,58 @@
+"""Targets decline with a reason, the reason is recorded and logged, and a target can be forced."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from conftest import Weight, compiled, int8_operand
+from torch import Tensor
+
+from fp4compile import lowering
+from fp4compile.errors import CompileError
+from fp4compile.lowering.choice import choose
+from fp4compile.lowering.problem import GemmProblem
+from fp4compile.lowering.targets import CPU_TARGETS, cpp_avx512
+
+PROBLEM = GemmProblem(
+    N=8, K=8, weight_format="e2m1", operand_dtype=torch.int8, operand_scale="token",
+    block_scales=False, bias=False, out_dtype=torch.float32,
+)
+
+
+def test_six_bits_fall_back_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
+    weight = Weight.random(9, 16, "e2m3")
+
+    def run(operand: Tensor, scale: Tensor) -> Tensor:
+        return torch.ops.fp4.linear(
+            operand, scale, weight.packed, weight.scale, None, "e2m3", torch.float32
+        )
+
+    operand, scale = int8_operand(3, 16), torch.rand(3, 1)
+    with caplog.at_level(logging.INFO, logger="fp4compile.lowering"):
+        assert torch.equal(compiled(run)(operand, scale), run(operand, scale))
+    (choice,) = lowering.CHOICES.values()
+    assert choice.target == "reference"
+    assert "6 bits" in choice.reason
+    assert choice.reason in caplog.text
+
+
+def test_missing_flags_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert "avx512_vnni" in (cpp_avx512.TARGET.supports(PROBLEM) or "")
+    chosen = choose(PROBLEM, CPU_TARGETS)
+    assert chosen is not None and chosen.name != "cpp_avx512"
+    assert "avx512_vnni" in lowering.CHOICES[PROBLEM].reason
+
+
+def test_forced_reference() -> None:
+    lowering.config.cpu_target = "reference"
+    assert choose(PROBLEM, CPU_TARGETS) is None
+    assert "forced" in lowering.CHOICES[PROBLEM].reason
+
+
+def test_unknown_target() -> None:
+    lowering.config.cpu_target = "abacus"
+    with pytest.raises(CompileError, match="cpp_portable"):
+        choose(PROBLEM, CPU_TARGETS)

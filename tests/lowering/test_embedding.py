@@ -1,0 +1,23 @@
+"""Compiled fp4::embedding equals the eager reference bit for bit, for every width."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Weight, compiled
+from torch import Tensor
+
+
+@pytest.mark.parametrize("format", ["e2m1", "e3m0", "e1m2", "e2m3", "e4m3"])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_equals_eager(format: str, out_dtype: torch.dtype) -> None:
+    K = 37
+    weight = Weight.random(50, K, format)
+
+    def run(indices: Tensor) -> Tensor:
+        return torch.ops.fp4.embedding(
+            indices, weight.packed, weight.scale, format, K, out_dtype
+        )
+
+    indices = torch.randint(0, 50, (3, 7))
+    assert torch.equal(compiled(run)(indices), run(indices))

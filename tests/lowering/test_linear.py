@@ -1,0 +1,163 @@
+"""Compiled fp4::linear against the eager reference, over targets, formats and awkward sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Weight, compiled, int8_operand
+from torch import Tensor
+
+from fp4compile import lowering
+from fp4compile.lowering.targets import CppTarget
+
+linear = torch.ops.fp4.linear
+# Below, at and above every tile and every switch between kernels.
+ROWS = (3, 1, 2, 4, 5, 9, 31, 33, 64, 131, 400)
+SIZES = {  # N, K: multiples of the tiles, tails, odd K, tiny
+    "even": (128, 256),
+    "tails": (70, 200),
+    "odd": (67, 131),
+    "tiny": (1, 1),
+    "wide": (33, 777),
+}
+
+
+def skip_if_declined(target: CppTarget) -> None:
+    for choice in lowering.CHOICES.values():
+        if choice.target != target.name:
+            pytest.skip(choice.reason)
+
+
+@pytest.mark.parametrize(
+    ("size", "format", "granularity", "bias"),
+    [
+        ("even", "e2m1", "token", None),
+        ("tails", "e3m0", "token", torch.float32),
+        ("odd", "e2m1", "tensor", torch.bfloat16),
+        ("tiny", "e1m2", "tensor", None),
+        ("wide", "e3m0", None, None),
+    ],
+)
+def test_int8_route_is_exact(
+    target: CppTarget, size: str, format: str, granularity: str | None, bias: torch.dtype | None
+) -> None:
+    N, K = SIZES[size]
+    weight = Weight.random(N, K, format, bias)
+
+    def run(operand: Tensor, scale: Tensor | None) -> Tensor:
+        return linear(
+            operand, scale, weight.packed, weight.scale, weight.bias, format, torch.float32
+        )
+
+    fast = compiled(run)
+    for M in ROWS:
+        operand = int8_operand(M, K)
+        scale = {"token": torch.rand(M, 1), "tensor": torch.tensor(0.37), None: None}[granularity]
+        expected = run(operand, scale)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(fast(operand, scale), expected), f"M={M}, {threads} threads"
+            skip_if_declined(target)
+
+
+@pytest.mark.parametrize(
+    ("size", "format", "dtype"),
+    [
+        ("tails", "e2m1", torch.bfloat16),
+        ("odd", "e3m0", torch.float32),
+        ("even", "e1m2", torch.float16),
+        ("tiny", "e2m1", torch.float32),
+    ],
+)
+def test_weight_only_route(
+    target: CppTarget, size: str, format: str, dtype: torch.dtype
+) -> None:
+    N, K = SIZES[size]
+    weight = Weight.random(N, K, format, torch.float32)
+
+    def run(x: Tensor) -> Tensor:
+        return linear(x, None, weight.packed, weight.scale, weight.bias, format, torch.float32)
+
+    fast = compiled(run)
+    for M in ROWS:
+        x = torch.randn(M, K).to(dtype)
+        torch.testing.assert_close(fast(x), run(x), rtol=1e-5, atol=1e-5 * K**0.5 * 64)
+        skip_if_declined(target)
+
+
+def test_bfloat16_operand_with_scale(target: CppTarget) -> None:
+    weight = Weight.random(40, 96, "e2m1")
+
+    def run(operand: Tensor, scale: Tensor) -> Tensor:
+        return linear(operand, scale, weight.packed, weight.scale, None, "e2m1", torch.float32)
+
+    operand = torch.randint(-448, 449, (7, 96)).to(torch.bfloat16)
+    scale = torch.rand(7, 1)
+    torch.testing.assert_close(compiled(run)(operand, scale), run(operand, scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batched_operand_and_fused_epilogue(target: CppTarget, dtype: torch.dtype) -> None:
+    weight = Weight.random(70, 64, "e2m1", dtype)
+
+    def run(operand: Tensor, scale: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+        y = linear(operand, scale, weight.packed, weight.scale, weight.bias, "e2m1", dtype)
+        return torch.nn.functional.silu(y) * gate + residual
+
+    fast = compiled(run)
+    counters = torch._dynamo.utils.counters["inductor"]
+    fused = counters["cpp_epilogue_fusion_counter"]
+    for batch in ((2, 5), (3, 1), (2, 40)):
+        operand, scale = int8_operand(*batch, 64), torch.rand(*batch, 1) * 1e-3
+        gate, residual = torch.randn(*batch, 70).to(dtype), torch.randn(*batch, 70).to(dtype)
+        torch.testing.assert_close(
+            fast(operand, scale, gate, residual), run(operand, scale, gate, residual)
+        )
+    assert counters["cpp_epilogue_fusion_counter"] > fused
+
+
+def test_result_with_two_users(target: CppTarget) -> None:
+    weight = Weight.random(33, 64, "e2m1")
+
+    def run(operand: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = linear(operand, scale, weight.packed, weight.scale, None, "e2m1", torch.float32)
+        return torch.relu(y), y, y.sum(-1)
+
+    operand, scale = int8_operand(9, 64), torch.rand(9, 1)
+    for fast, slow in zip(compiled(run)(operand, scale), run(operand, scale), strict=True):
+        torch.testing.assert_close(fast, slow)
+
+
+def test_sliced_operand_and_shared_buffers(target: CppTarget) -> None:
+    weight = Weight.random(16, 32, "e2m1")
+
+    def run(operand: Tensor) -> Tensor:
+        return linear(  # the scale is the bias as well: one buffer, two arguments
+            operand[:, -1], None, weight.packed, weight.scale, weight.scale, "e2m1", torch.float32
+        )
+
+    operand = int8_operand(3, 5, 32)
+    assert torch.equal(compiled(run)(operand), run(operand))
+
+
+def test_rows_change_without_a_recompile(target: CppTarget) -> None:
+    weight = Weight.random(32, 64, "e2m1")
+
+    def run(operand: Tensor, scale: Tensor) -> Tensor:
+        return linear(operand, scale, weight.packed, weight.scale, None, "e2m1", torch.float32)
+
+    fast = compiled(run)
+    with torch.compiler.set_stance("default"):
+        fast(int8_operand(3, 64), torch.rand(3, 1))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for M in (2, 17, 300):
+            fast(int8_operand(M, 64), torch.rand(M, 1))
+
+
+def test_no_rows(target: CppTarget) -> None:
+    weight = Weight.random(32, 64, "e2m1")
+
+    def run(operand: Tensor, scale: Tensor) -> Tensor:
+        return linear(operand, scale, weight.packed, weight.scale, None, "e2m1", torch.float32)
+
+    assert compiled(run)(int8_operand(0, 64), torch.rand(0, 1)).shape == (0, 32)

@@ -1,0 +1,69 @@
+"""The demo from end to end, on a tiny random Llama in place of the real model."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fp4compile import demo
+from fp4compile.evaluate import perplexity
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+
+
+def _byte_tokenizer() -> Any:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<end>", *alphabet])}
+    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, eos_token="<end>", pad_token="<end>"
+    )
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    return tokenizer
+
+
+def _tiny_model(cache_dir: object, dtype: torch.dtype) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(config).to(dtype).eval(), _byte_tokenizer()
+
+
+@pytest.mark.slow
+def test_the_demo_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "load_demo_model", _tiny_model)
+    console = Console(file=io.StringIO(), width=200)
+    numbers = demo.run_demo("w4a4", "minmax", tokens=1022, new_tokens=4, console=console)
+    assert json.loads(json.dumps(numbers)) == numbers
+
+    full, quantized = numbers["full_precision"], numbers["w4a4"]
+    model, tokenizer = _tiny_model(None, torch.bfloat16)
+    expected = perplexity(model.float(), demo._heldout_ids(tokenizer), max_tokens=1022)
+    assert full["perplexity"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
+    assert full["bits_per_weight"] == pytest.approx(16, abs=0.1)
+    assert quantized["bits_per_weight"] < 8
+    for measured in (full, quantized):
+        assert measured["perplexity"]["tokens"] == 1022
+        assert math.isfinite(measured["perplexity"]["perplexity"])
+        assert measured["speed"]["prefill"]["median"] > 0
+        assert measured["speed"]["decode"]["median"] > 0
+
+    table = console.file.getvalue()
+    assert all(label in table for label, _ in demo.ROWS)
