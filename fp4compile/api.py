@@ -23,7 +23,7 @@ from fp4compile.qparams import QuantSpec
 from fp4compile.recipe import Recipe, as_recipe
 from fp4compile.report import Report, make_report
 from fp4compile.search import by_method
-from fp4compile.select import Selector, select
+from fp4compile.select import Selector, select, without_embeddings
 from fp4compile.tensor import FP4Tensor
 from fp4compile.trace import trace
 
@@ -40,6 +40,7 @@ def quantize(
     recipe: Recipe | str | Path | None = None,
     targets: Sequence[Selector] | None = None,
     ignore: Sequence[Selector] | None = None,
+    sequential: bool = False,
     progress: bool = True,
 ) -> nn.Module:
     """Quantize ``model`` in place to FP4 weights and activations, without training.
@@ -57,6 +58,8 @@ def quantize(
         targets, ignore: which weights to quantize, and which not: globs on their names
             (``"*.down_proj"``), ``"re:<regex>"``, module classes, or predicates
             ``(name, module) -> bool``.
+        sequential: calibrate each layer on the outputs of the already quantized ones, not on
+            those of the full-precision model.
         progress: show a progress bar.
 
     Returns:
@@ -77,9 +80,14 @@ def quantize(
             batches = [only_example(calib_data, model, tokenizer)]
         graph = trace(model, *example_call(batches[0]))
         sites, left_out = select(graph, model, targets, ignore)
+        if spec.embedding is None:
+            sites, embeddings = without_embeddings(sites)
+            left_out |= embeddings
         graph = replace(graph, sites=sites, skipped={**graph.skipped, **left_out})
         if recipe is None:
-            decided = decide(model, graph, batches, spec, search, progress=progress)
+            decided = decide(
+                model, graph, batches, spec, search, sequential=sequential, progress=progress
+            )
         else:
             decided = as_recipe(recipe).decisions(graph)
         rewrite = Rewrite(model, graph, decided)

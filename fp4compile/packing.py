@@ -33,7 +33,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     padded = F.pad(codes, (0, -codes.shape[-1] % group)).unflatten(-1, (-1, group))
     word = torch.zeros(padded.shape[:-1], dtype=torch.int32, device=codes.device)
     for position in range(group):
-        word |= padded[..., position].to(torch.int32) << (position * bits)
+        word = word | padded[..., position].to(torch.int32) << (position * bits)
     parts = [(word >> (8 * byte)) & 0xFF for byte in range(group * bits // 8)]
     return torch.stack(parts, dim=-1).flatten(-2).to(torch.uint8)
 
@@ -44,7 +44,7 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     parts = packed.unflatten(-1, (-1, group * bits // 8)).to(torch.int32)
     word = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=packed.device)
     for byte in range(parts.shape[-1]):
-        word |= parts[..., byte] << (8 * byte)
+        word = word | parts[..., byte] << (8 * byte)
     mask = 2**bits - 1
     codes = [(word >> (position * bits)) & mask for position in range(group)]
     return torch.stack(codes, dim=-1).flatten(-2)[..., :length].to(torch.uint8)

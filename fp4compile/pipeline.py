@@ -24,6 +24,9 @@ from fp4compile.tensor import FP4Tensor
 from fp4compile.trace import LINEAR_OPS, Graph, Group, Site
 
 
+Replacements = dict[fx.Node, Callable[..., Tensor]]
+
+
 def decide(
     model: nn.Module,
     graph: Graph,
@@ -31,45 +34,53 @@ def decide(
     spec: QuantSpec,
     search: SearchMethod,
     *,
+    sequential: bool = False,
     progress: bool = True,
 ) -> dict[str, SiteQParams]:
-    """Run the batches through the graph; each group of sites is decided when they reach it, and
-    computes with its decision from then on, so later groups see what they will see in use.
+    """Run the batches through the graph; each group of sites is decided when they reach it.
+
+    With ``sequential`` a decided group computes with its decision from then on, so later groups
+    are calibrated on what the quantized network produces.
     """
-    decided = _decide_lookups(model, graph, batches, spec)
+    decided = _decide_lookups_first(model, graph, batches, spec) if sequential else {}
     bar = tqdm(total=len(graph.groups), desc="calibrate", unit="group", disable=not progress)
 
-    def on_group(group: Group, inputs: Sequence[Tensor]) -> dict[fx.Node, Callable[..., Tensor]]:
+    def on_group(group: Group, inputs: Sequence[Tensor]) -> Replacements:
         bar.set_postfix_str(group.sites[0].name)
-        sites = [site for site in group.sites if not site.lookups or site.name in decided]
+        statistics = observe(inputs)
+        for site in group.sites:
+            if site.lookups and site.name not in decided:
+                decided[site.name] = _decide_lookup(model, site, spec, statistics.second_moment)
         problem = GroupProblem(
-            {site.name: oriented(model, site.name, site.transposed) for site in sites},
-            observe(inputs),
+            {site.name: oriented(model, site.name, site.transposed) for site in group.sites},
+            statistics,
             spec,
-            {site.name: decided[site.name].weight for site in sites if site.name in decided},
+            {site.name: decided[site.name].weight for site in group.sites if site.lookups},
         )
         decided.update(search(problem))
         bar.update()
-        return _replacements(model, sites, decided)
+        return _replacements(model, group.sites, decided) if sequential else {}
 
     lookups = [site for site in graph.sites if site.lookups]
     with bar:
-        run_calibration(graph, batches, on_group, _replacements(model, lookups, decided))
+        at_start = _replacements(model, lookups, decided) if sequential else {}
+        run_calibration(graph, batches, on_group, at_start)
+    for site in lookups:
+        if site.name not in decided:
+            decided[site.name] = _decide_lookup(model, site, spec, None)
     return decided
 
 
-def _decide_lookups(
+def _decide_lookups_first(
     model: nn.Module, graph: Graph, batches: Sequence[Batch], spec: QuantSpec
 ) -> dict[str, SiteQParams]:
-    """Embeddings come first, since every group runs on their quantized rows; one that is tied to
-    a head also weighs the head's error, for which the full-precision model is run once.
+    """Embeddings, before any group runs on their quantized rows. One that is tied to a head also
+    weighs the head's error, for which the full-precision model is run once.
     """
     lookups = [site for site in graph.sites if site.lookups]
-    if spec.embedding is None or not lookups:
-        return {}
     moments: dict[str, Tensor] = {}
 
-    def observe_heads(group: Group, inputs: Sequence[Tensor]) -> dict[fx.Node, Callable[..., Tensor]]:
+    def observe_heads(group: Group, inputs: Sequence[Tensor]) -> Replacements:
         for site in group.sites:
             if site.lookups:
                 moments[site.name] = observe(inputs).second_moment
@@ -77,16 +88,17 @@ def _decide_lookups(
 
     if any(site.linears for site in lookups):
         run_calibration(graph, batches, observe_heads)
-    decided = {}
-    for site in lookups:
-        weight = oriented(model, site.name, site.transposed)
-        qparams = search_embedding(weight, spec.embedding, moments.get(site.name))
-        decided[site.name] = _embedding_decision(weight, qparams, spec)
-    return decided
+    return {
+        site.name: _decide_lookup(model, site, spec, moments.get(site.name)) for site in lookups
+    }
 
 
-def _embedding_decision(weight: Tensor, qparams: WeightQParams, spec: QuantSpec) -> SiteQParams:
-    assert spec.embedding is not None
+def _decide_lookup(
+    model: nn.Module, site: Site, spec: QuantSpec, head_moment: Tensor | None
+) -> SiteQParams:
+    assert spec.embedding is not None  # embeddings are no sites otherwise
+    weight = oriented(model, site.name, site.transposed)
+    qparams = search_embedding(weight, spec.embedding, head_moment)
     minmax = minmax_weight(weight, by_name(MINMAX_FORMATS[spec.embedding.bits]))
     error, base = (
         float((dequantized(weight, found) - weight).square().sum() / weight.square().sum())
@@ -97,12 +109,10 @@ def _embedding_decision(weight: Tensor, qparams: WeightQParams, spec: QuantSpec)
 
 def _replacements(
     model: nn.Module, sites: Sequence[Site], decided: Mapping[str, SiteQParams]
-) -> dict[fx.Node, Callable[..., Tensor]]:
+) -> Replacements:
     """What the nodes of decided sites compute from now on: the reference of what will run."""
-    found: dict[fx.Node, Callable[..., Tensor]] = {}
+    found: Replacements = {}
     for site in sites:
-        if site.name not in decided:
-            continue
         weight = fp4_weight(
             oriented(model, site.name, site.transposed),
             decided[site.name],

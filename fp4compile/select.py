@@ -40,6 +40,15 @@ def select(
     return tuple(chosen), left_out
 
 
+def without_embeddings(sites: Sequence[Site]) -> tuple[tuple[Site, ...], dict[str, str]]:
+    """The sites that are not looked up, and the reason for those that are."""
+    reason = "the spec keeps embeddings in high precision"
+    return (
+        tuple(site for site in sites if not site.lookups),
+        {site.name: reason for site in sites if site.lookups},
+    )
+
+
 def _check_all_match(graph: Graph, model: nn.Module, selectors: Sequence[Selector]) -> None:
     for selector in selectors:
         if not any(_matches_any(site, model, [selector]) for site in graph.sites):

@@ -19,7 +19,9 @@ REFERENCE = "reference"
 class Target(Protocol):
     """A backend for GEMMs."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What ``config.cpu_target`` calls it."""
 
     def supports(self, problem: GemmProblem) -> str | None:
         """None, or the reason for declining ``problem``."""
@@ -47,7 +49,7 @@ def choose(problem: GemmProblem, targets: Sequence[Target]) -> Target | None:
         CompileError: ``config.cpu_target`` names no target.
     """
     allowed = _allowed(targets)
-    reasons = []
+    reasons: list[str] = []
     for target in allowed:
         reason = target.supports(problem)
         if reason is None:

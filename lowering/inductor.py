@@ -104,16 +104,14 @@ class GemmTemplate(CppTemplate):
         self.problem = problem
         self.input_names = tuple(inputs)
 
-    def render(
-        self,
-        kernel: Any,
-        template_buffer_node: Any = None,
-        flag_template_buffer_has_other_users: bool | None = None,
-        epilogue_nodes: list[Any] | None = None,
-        **kwargs: Any,
-    ) -> str:
-        node = template_buffer_node or self.output_node
-        out = _Output(node, bool(flag_template_buffer_has_other_users), epilogue_nodes or [])
+    def render(self, **kwargs: Any) -> str:
+        """Text of the kernel; the scheduler's call adds the epilogue that it fused."""
+        kernel = kwargs["kernel"]
+        out = _Output(
+            kwargs.get("template_buffer_node") or self.output_node,
+            bool(kwargs.get("flag_template_buffer_has_other_users")),
+            kwargs.get("epilogue_nodes") or [],
+        )
         with contextlib.ExitStack() as stack:
             for buffer in out.fake_buffers:
                 stack.enter_context(

@@ -36,7 +36,7 @@ class GemmProblem:
 
     @property
     def bfloat16_parts(self) -> int:
-        """How many bfloat16 (8 significant bits each) hold an operand of the float route exactly."""
+        """How many bfloat16, of 8 significant bits each, hold an operand exactly."""
         return {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[self.operand_dtype]
 
     def __str__(self) -> str:

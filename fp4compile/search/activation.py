@@ -8,7 +8,7 @@ the channel maxima alone).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,7 @@ EXACT_CANDIDATES = 4
 # Then the best clipping is refined by these exponents.
 REFINEMENTS = (1 / 16, 1 / 32)
 RANKING_TOKENS = 512
-EXACT_TOKENS = 2048
+EXACT_TOKENS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +84,26 @@ class ActivationError:
         transposed = self.quantized_weight.t()
         return transposed @ self.quantized_weight, transposed @ self.weight
 
-    def exact(self, candidate: ActivationQParams, tokens: Tokens) -> float:
-        """Up to a constant that no candidate changes."""
-        x_hat = tokens.scaled(apply_activation(tokens.x, candidate))
+    def exact_on(self, tokens: Tokens) -> Callable[[ActivationQParams], float]:
+        """The error of a candidate on ``tokens``, up to a constant that no candidate changes."""
         target = tokens.scaled(tokens.x)
         rows, channels = self.weight.shape
         if rows < channels:
-            residual = x_hat @ self.quantized_weight.t() - target @ self.weight.t()
-            return float(residual.square().sum())
+            y = target @ self.weight.t()
+
+            def of_outputs(candidate: ActivationQParams) -> float:
+                x_hat = tokens.scaled(apply_activation(tokens.x, candidate))
+                return float((x_hat @ self.quantized_weight.t() - y).square().sum())
+
+            return of_outputs
         gram, cross = self._grams
-        return float(((x_hat @ gram - 2 * target @ cross.t()) * x_hat).sum())
+        linear = 2 * target @ cross.t()
+
+        def of_moments(candidate: ActivationQParams) -> float:
+            x_hat = tokens.scaled(apply_activation(tokens.x, candidate))
+            return float(((x_hat @ gram - linear) * x_hat).sum())
+
+        return of_moments
 
     def ranking(self, candidate: ActivationQParams, tokens: Tokens) -> float:
         """The activation's part alone, without the correlation between channels."""
@@ -132,14 +142,16 @@ def search_activation(
         candidates = _per_token([candidate for _, candidate in scored])
         scored = [(objective.ranking(candidate, few), candidate) for candidate in candidates]
     scored.sort(key=lambda pair: pair[0])
-    some = tokens.thinned(EXACT_TOKENS)
+    exact = objective.exact_on(tokens.thinned(EXACT_TOKENS))
     best = min(
-        (candidate for _, candidate in scored[:EXACT_CANDIDATES]),
-        key=lambda candidate: objective.exact(candidate, some),
+        ((exact(candidate), candidate) for _, candidate in scored[:EXACT_CANDIDATES]),
+        key=lambda pair: pair[0],
     )
     for step in REFINEMENTS:
-        best = min(_around(best, step), key=lambda candidate: objective.exact(candidate, some))
-    return best
+        for exponent in (step, -step):
+            moved = replace(best[1], scale=best[1].scale * 2.0**exponent)
+            best = min(best, (exact(moved), moved), key=lambda pair: pair[0])
+    return best[1]
 
 
 def _static_candidates(
@@ -173,10 +185,3 @@ def _per_token(static: Sequence[ActivationQParams]) -> list[ActivationQParams]:
         for ratio in TOKEN_CLIP_RATIOS
     ]
 
-
-def _around(candidate: ActivationQParams, step: float) -> list[ActivationQParams]:
-    return [
-        candidate,
-        replace(candidate, scale=candidate.scale * 2.0**step),
-        replace(candidate, scale=candidate.scale * 2.0**-step),
-    ]

@@ -161,9 +161,9 @@ def _errors(
     activation: ActivationQParams | None,
 ) -> dict[str, float]:
     """Relative output error of every site with weights and activation quantized, on weighted
-    tokens; about 2000 of them.
+    tokens; about 1000 of them.
     """
-    some = tokens.thinned(2048)
+    some = tokens.thinned(1024)
     x = some.scaled(some.x)
     x_hat = x if activation is None else some.scaled(apply_activation(some.x, activation))
     errors = {}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fp4compile.lowering import inductor
-from fp4compile.lowering.choice import choose
+from fp4compile.lowering.choice import choose, log
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import CPU_TARGETS
 
@@ -31,6 +31,11 @@ def linear(
         out_dtype=out_dtype,
         device=operand.get_device().type,
     )
+    if not inductor.source_hash_installed():
+        log.warning(
+            "post_grad_custom_pre_pass was assigned after fp4compile.lowering was imported; "
+            "Inductor's cache may serve kernels of another version of fp4compile"
+        )
     target = choose(problem, CPU_TARGETS)
     if target is None:
         return _reference(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fp4compile.lowering.problem import FLOAT, INT8, GemmProblem
+from fp4compile.lowering.problem import FLOAT, INT8
 from fp4compile.lowering.targets.template import CppTarget, missing_flags
 
 _TEMPLATES = {INT8: ("avx512", "avx512_int8"), FLOAT: ("avx512", "avx512_bf16")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,9 +36,10 @@ def target(request: pytest.FixtureRequest) -> CppTarget:
     return request.param
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` under Inductor with sizes that may change from call to call."""
-    return torch.compile(function, backend="inductor", dynamic=True, fullgraph=True)
+@pytest.fixture
+def compiled() -> Callable[..., Any]:
+    """Puts a function under Inductor, with sizes that may change from call to call."""
+    return partial(torch.compile, backend="inductor", dynamic=True, fullgraph=True)
 
 
 @dataclass
@@ -59,6 +61,13 @@ class Weight:
         )
 
 
-def int8_operand(*shape: int) -> Tensor:
-    """All of int8, so that the largest sums occur as well."""
-    return torch.randint(-128, 128, shape, dtype=torch.int8)
+@pytest.fixture
+def random_weight() -> Callable[..., Weight]:
+    """``random_weight(N, K, format, bias=None)``."""
+    return Weight.random
+
+
+@pytest.fixture
+def int8_operand() -> Callable[..., Tensor]:
+    """Random int8 of the given shape; all of int8, so that the largest sums occur as well."""
+    return lambda *shape: torch.randint(-128, 128, shape, dtype=torch.int8)

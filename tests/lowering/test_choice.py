@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from conftest import Weight, compiled, int8_operand
 from torch import Tensor
 
 from fp4compile import lowering
@@ -15,14 +16,18 @@ from fp4compile.lowering.choice import choose
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import CPU_TARGETS, cpp_avx512
 
+Make = Callable[..., Any]
+
 PROBLEM = GemmProblem(
     N=8, K=8, weight_format="e2m1", operand_dtype=torch.int8, operand_scale="token",
     block_scales=False, bias=False, out_dtype=torch.float32,
 )
 
 
-def test_six_bits_fall_back_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
-    weight = Weight.random(9, 16, "e2m3")
+def test_six_bits_fall_back_with_a_reason(
+    compiled: Make, random_weight: Make, int8_operand: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = random_weight(9, 16, "e2m3")
 
     def run(operand: Tensor, scale: Tensor) -> Tensor:
         return torch.ops.fp4.linear(
@@ -42,7 +47,8 @@ def test_missing_flags_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert "avx512_vnni" in (cpp_avx512.TARGET.supports(PROBLEM) or "")
     chosen = choose(PROBLEM, CPU_TARGETS)
-    assert chosen is not None and chosen.name != "cpp_avx512"
+    assert chosen is not None
+    assert chosen.name != "cpp_avx512"
     assert "avx512_vnni" in lowering.CHOICES[PROBLEM].reason
 
 

@@ -1,0 +1,76 @@
+"""Tiny models with random weights, made in a moment, shared by the tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+VOCABULARY = 96
+
+
+def tiny_llama(*, tied: bool = True, seed: int = 0) -> nn.Module:
+    """A 2-layer Llama with grouped-query attention; activations differ between channels."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        initializer_range=0.05,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(torch.exp2(torch.randn(parameter.shape) * 1.5))
+    return model
+
+
+def tokens(batch: int = 4, length: int = 24, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (batch, length), generator=generator)
+
+
+class NormThenLinears(nn.Module):
+    """LayerNorm before two siblings, ReLU-free product before the last: everything folds."""
+
+    def __init__(self, channels: int = 32, hidden: int = 48) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.gate = nn.Linear(channels, hidden)
+        self.up = nn.Linear(channels, hidden)
+        self.down = nn.Linear(hidden, channels, bias=False)
+        nn.init.normal_(self.norm.weight, std=2.0)
+        nn.init.normal_(self.norm.bias)
+        with torch.no_grad():
+            self.up.weight.mul_(torch.exp2(torch.randn(hidden, 1) * 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class MatrixProducts(nn.Module):
+    """Weights that are no nn.Linear: addmm and matmul in both orientations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kn = nn.Parameter(torch.randn(16, 24))
+        self.bias = nn.Parameter(torch.randn(24))
+        self.nk = nn.Parameter(torch.randn(12, 24))
+        self.right = nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.addmm(self.bias, x, self.kn)
+        x = torch.matmul(torch.tanh(x), self.nk.t())
+        return torch.sigmoid(x) @ self.right
