@@ -95,7 +95,9 @@ def _schedule(graph: Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
             needed.add(node)
             stack.extend(node.all_input_nodes)
     # Placeholders consume the batch's leaves in order, so none may be left out.
-    order = [node for node in graph.module.graph.nodes if node in needed or node.op == "placeholder"]
+    order = [
+        node for node in graph.module.graph.nodes if node in needed or node.op == "placeholder"
+    ]
     last_use = {used: node for node in order for used in (*node.all_input_nodes, node)}
     dead: dict[fx.Node, list[fx.Node]] = {}
     for used, node in last_use.items():

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+from fp4compile.kernels import KernelChoice
+from fp4compile.report import Report
+
+logger = logging.getLogger(__name__)
+
+# torch.compile makes a graph per kind of call: batch of one or more, one token or many, empty or
+# filled cache, with or without attention mask. Dynamo's default limit of 8 graphs is too few, and
+# beyond it the rest would run uncompiled.
+GRAPHS = 32
 
 
 def fp4compile_backend(
@@ -20,14 +34,14 @@ def fp4compile_backend(
     """
     load_lowerings()
     inductor = torch._dynamo.lookup_backend("inductor")
-    compiled: Callable[..., Any] = inductor(module, example_inputs, **options)
+    compiled: Callable[..., Any] = inductor(module, list(example_inputs), **options)
     return compiled
 
 
-def load_lowerings() -> None:
-    """Register the lowerings of the fp4:: ops with Inductor."""
+def load_lowerings() -> ModuleType:
+    """Register the lowerings of the fp4:: ops with Inductor; returns their package."""
     # By name: fp4compile never imports lowering, which imports fp4compile.
-    importlib.import_module("fp4compile.lowering")
+    return importlib.import_module("fp4compile.lowering")
 
 
 def compile_model(model: nn.Module) -> nn.Module:
@@ -36,9 +50,27 @@ def compile_model(model: nn.Module) -> nn.Module:
     ``generate`` calls the forward, so it is compiled too; transformers' own compilation of the
     decode step is switched off, since it would compile the compiled forward again.
     """
+    report = getattr(model, "fp4_report", None)
+    if isinstance(report, Report):
+        kernels = _kernels(model, report)
+        model.fp4_report = replace(report, kernels=kernels)  # type: ignore[assignment]
+        counts = Counter(choice.target for choice in kernels.values())
+        logger.info("kernels: %s", ", ".join(f"{n} x {target}" for target, n in counts.items()))
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     load_lowerings()
     model.compile(backend=fp4compile_backend, dynamic=True)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True
     return model
+
+
+def _kernels(model: nn.Module, report: Report) -> dict[str, KernelChoice]:
+    """The kernel of every site that is multiplied with."""
+    lowering = load_lowerings()
+    kernels = {}
+    for site in report.sites:
+        weight = model.get_parameter(site.name)
+        if site.bias is not None:
+            kernels[site.name] = lowering.kernel_for(weight, site.bias)
+    return kernels

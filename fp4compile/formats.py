@@ -107,7 +107,8 @@ class FloatFormat:
 
 def _family(bits: int) -> tuple[FloatFormat, ...]:
     return tuple(
-        FloatFormat(exponent_bits, bits - 1 - exponent_bits) for exponent_bits in range(1, 6)
+        FloatFormat(exponent_bits, bits - 1 - exponent_bits)
+        for exponent_bits in range(1, 6)
         if bits - 1 - exponent_bits >= 0
     )
 

@@ -15,14 +15,12 @@ from fp4compile.formats import by_name
 from fp4compile.observers import observe
 from fp4compile.passes.plan import oriented
 from fp4compile.passes.swap_weights import fp4_weight
-from fp4compile.qparams import QuantSpec, SiteQParams, WeightQParams
+from fp4compile.qparams import QuantSpec, SiteQParams
 from fp4compile.search import GroupProblem, SearchMethod
 from fp4compile.search.embedding import search_embedding
 from fp4compile.search.fpq import MINMAX_FORMATS, dequantized
 from fp4compile.search.weight import minmax_weight
-from fp4compile.tensor import FP4Tensor
 from fp4compile.trace import LINEAR_OPS, Graph, Group, Site
-
 
 Replacements = dict[fx.Node, Callable[..., Tensor]]
 
@@ -126,7 +124,9 @@ def _replacements(
     return found
 
 
-def _call_with(node: fx.Node, position: int, weight: FP4Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _call_with(
+    node: fx.Node, position: int, weight: FP4Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     assert callable(node.target)
     result: Tensor = node.target(*args[:position], weight, *args[position + 1 :], **kwargs)
     return result

@@ -34,8 +34,10 @@ class TensorSpec:
             raise SpecError(f"granularity {self.granularity!r} is not one of {GRANULARITIES}")
         wrong = [name for name in self.formats if by_name(name).bits != self.bits]
         if wrong:
-            raise SpecError(f"formats {wrong} do not have {self.bits} bits; leave formats empty "
-                            "to let the search choose among all of the width")
+            raise SpecError(
+                f"formats {wrong} do not have {self.bits} bits; leave formats empty "
+                "to let the search choose among all of the width"
+            )
         of_width(self.bits)
 
     @property

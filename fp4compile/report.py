@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from fp4compile.kernels import KernelChoice, kernel_choices
+from fp4compile.kernels import KernelChoice
 from fp4compile.passes.plan import Rewrite
 from fp4compile.qparams import QuantSpec
 from fp4compile.recipe import Recipe
 from fp4compile.tensor import FP4Tensor
+from fp4compile.trace import Site, bias_node
 
 
 @dataclass(frozen=True)
 class SiteReport:
     """One quantized weight. ``error`` is the relative error of the layer's output on calibration
-    tokens, ``minmax_error`` what min-max in the standard format of the width would give.
+    tokens, ``minmax_error`` what min-max in the standard format of the width would give; of an
+    embedding alone, that of its rows. ``bias``: whether the linear adds one; None if there is none.
     """
 
     name: str
@@ -30,12 +32,14 @@ class SiteReport:
     error: float
     minmax_error: float
     bytes: int
+    bias: bool | None
 
 
 @dataclass(frozen=True)
 class Report:
     """``sites`` that are FP4 now; ``skipped`` parameters of two or more dimensions, each with
-    its reason; ``recipe`` repeats the run.
+    its reason; ``recipe`` repeats the run; ``kernels`` (after compiling) names the kernel of every
+    site that is multiplied with.
     """
 
     spec: QuantSpec
@@ -44,17 +48,13 @@ class Report:
     skipped: Mapping[str, str]
     seconds: float
     recipe: Recipe
+    kernels: Mapping[str, KernelChoice] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of codes, scales and shifts per quantized weight."""
         weights = sum(site.shape[0] * site.shape[1] for site in self.sites)
         return 8 * sum(site.bytes for site in self.sites) / max(weights, 1)
-
-    @property
-    def kernels(self) -> tuple[KernelChoice, ...]:
-        """Which kernel every GEMM compiled so far got, and why; empty before compiling."""
-        return kernel_choices()
 
     def summary(self) -> str:
         """A few lines for the log."""
@@ -79,7 +79,7 @@ class Report:
             "bits_per_weight": self.bits_per_weight,
             "sites": [asdict(site) for site in self.sites],
             "skipped": dict(self.skipped),
-            "kernels": [asdict(choice) for choice in self.kernels],
+            "kernels": {name: asdict(choice) for name, choice in self.kernels.items()},
         }
 
 
@@ -87,7 +87,7 @@ def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) 
     """The report of a committed rewrite."""
     producer = {site: name for name, sites in rewrite.folded.items() for site in sites}
     sites = tuple(
-        _site_report(rewrite, site.name, producer.get(site.name))
+        _site_report(rewrite, site, producer.get(site.name))
         for site in rewrite.graph.sites
         if site.name in rewrite.qparams
     )
@@ -100,13 +100,13 @@ def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) 
     return Report(spec, method, sites, skipped, seconds, Recipe(rewrite.qparams))
 
 
-def _site_report(rewrite: Rewrite, name: str, producer: str | None) -> SiteReport:
-    decision, tensor = rewrite.qparams[name], rewrite.parameters[name]
+def _site_report(rewrite: Rewrite, site: Site, producer: str | None) -> SiteReport:
+    decision, tensor = rewrite.qparams[site.name], rewrite.parameters[site.name]
     assert isinstance(tensor, FP4Tensor)
     activation = decision.activation
     shift = None if activation is None else activation.exponent_shift
     return SiteReport(
-        name=name,
+        name=site.name,
         shape=tuple(tensor.shape),
         weight_format=decision.weight.format,
         activation_format=None if activation is None else activation.format,
@@ -116,4 +116,5 @@ def _site_report(rewrite: Rewrite, name: str, producer: str | None) -> SiteRepor
         error=decision.error,
         minmax_error=decision.minmax_error,
         bytes=sum(getattr(tensor, part).nbytes for part in tensor.__tensor_flatten__()[0]),
+        bias=bias_node(site.linears[0]) is not None if site.linears else None,
     )

@@ -111,7 +111,7 @@ class FP4Tensor(torch.Tensor):
 
     @classmethod
     def __tensor_unflatten__(
-        cls, tensors: dict[str, Tensor], attributes: dict[str, Any], _size: Any, _stride: Any
+        cls, tensors: dict[str, Any], attributes: dict[str, Any], _size: Any, _stride: Any
     ) -> FP4Tensor:
         return cls(**tensors, **attributes)
 
@@ -120,7 +120,7 @@ class FP4Tensor(torch.Tensor):
         tensors = [(name, getattr(self, name).shape) for name in self.__tensor_flatten__()[0]]
         return f"{type(self).__qualname__}{tensors}{sorted(self._attributes().items())}"
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         activation = self.activation_format or "16-bit"
         return (
             f"FP4Tensor(shape={tuple(self.shape)}, weight={self.weight_format}, "
@@ -129,12 +129,13 @@ class FP4Tensor(torch.Tensor):
 
     def with_attributes(self, **changes: Any) -> FP4Tensor:
         """The same tensors with some attributes replaced."""
-        tensors = {name: getattr(self, name) for name in self.TENSORS}
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in self.TENSORS}
         return type(self)(**tensors, **(self._attributes() | changes))
 
     def map_tensors(self, function: Callable[[Tensor], Tensor], **changes: Any) -> FP4Tensor:
         """``function`` applied to every inner tensor."""
-        tensors = {name: function(getattr(self, name)) for name in self.__tensor_flatten__()[0]}
+        names = self.__tensor_flatten__()[0]
+        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
         return type(self)(**tensors, **(self._attributes() | changes))
 
     def dequantize(self) -> Tensor:
@@ -187,8 +188,9 @@ class FP4Tensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
+    # torch's stub does not know that this is a class method.
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -222,7 +224,10 @@ def _to_copy(self: FP4Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any
 
 
 def _copy(self: FP4Tensor, source: Tensor, non_blocking: bool = False) -> FP4Tensor:
-    if not isinstance(source, FP4Tensor) or source.__tensor_flatten__() != self.__tensor_flatten__():
+    if (
+        not isinstance(source, FP4Tensor)
+        or source.__tensor_flatten__() != self.__tensor_flatten__()
+    ):
         raise UnsupportedOperationError(
             f"cannot copy {source!r} into {self!r}; quantized weights are copied only between "
             "tensors of the same format, granularity and shape"

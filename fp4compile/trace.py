@@ -110,7 +110,7 @@ def _dynamic_shape(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return None
     dims = value.dim() if value.dim() <= 2 else (2 if value.dim() == 3 else 1)
-    return {dim: torch.export.Dim.AUTO for dim in range(dims)}
+    return dict.fromkeys(range(dims), torch.export.Dim.AUTO)
 
 
 def _names(model: nn.Module, args: Sequence[Any], shapes: Sequence[Any]) -> dict[str, Any]:
@@ -177,9 +177,8 @@ def _site_of(names: tuple[str, ...], readers: Sequence[fx.Node]) -> Site | str:
         return "one weight applied to several activations (layers that share it)"
     if len(transposed) > 1 or (lookups and True in transposed):
         return "used both as [N, K] and as [K, N]"
-    return Site(
-        names[0], names, tuple(linears), tuple(lookups), *inputs or (None,), True in transposed
-    )
+    site_input = next(iter(inputs), None)
+    return Site(names[0], names, tuple(linears), tuple(lookups), site_input, True in transposed)
 
 
 def _uses(readers: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, bool, fx.Node]]:
@@ -198,9 +197,9 @@ def _is_transpose(node: fx.Node) -> bool:
     return node.target in (aten.t.default, aten.numpy_T.default)
 
 
-def source(node: fx.Node) -> fx.Node:
-    """The node whose value ``node`` hands on unchanged."""
-    while node.op == "call_function" and node.target in PASS_THROUGH:
-        assert isinstance(node.args[0], fx.Node)
-        node = node.args[0]
-    return node
+def bias_node(linear: fx.Node) -> Any:
+    """The bias that a node of :data:`LINEAR_OPS` adds, or None."""
+    if linear.target is aten.addmm.default:
+        return linear.args[0]
+    has_bias = linear.target is aten.linear.default and len(linear.args) > 2
+    return linear.args[2] if has_bias else None

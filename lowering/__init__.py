@@ -5,12 +5,13 @@ Importing this package registers them with Inductor.
 
 import fp4compile.ops  # noqa: F401  (defines the ops that are lowered)
 from fp4compile.lowering import inductor
-from fp4compile.lowering.choice import CHOICES, KernelChoice
 from fp4compile.lowering.config import config
 
 inductor.check_torch_version()
 inductor.install_source_hash(lambda: repr(config))
 
-from fp4compile.lowering import ops  # noqa: E402, F401  (after the version guard)
+# After the version guard.
+from fp4compile.lowering import ops  # noqa: E402, F401
+from fp4compile.lowering.ops.linear import kernel_for  # noqa: E402
 
-__all__ = ["CHOICES", "KernelChoice", "config"]
+__all__ = ["config", "kernel_for"]

@@ -1,19 +1,17 @@
-"""Choosing a target for a problem, and the record of what was chosen and why."""
+"""Choosing a target for a problem, and saying what was chosen and why."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from fp4compile.errors import CompileError
+from fp4compile.kernels import REFERENCE, KernelChoice
 from fp4compile.lowering.config import config
 from fp4compile.lowering.problem import GemmProblem
 
 log = logging.getLogger("fp4compile.lowering")
-
-REFERENCE = "reference"
 
 
 class Target(Protocol):
@@ -30,36 +28,38 @@ class Target(Protocol):
         """Kernel text (jinja), complete but for the names and sizes that the graph decides."""
 
 
-@dataclass(frozen=True)
-class KernelChoice:
-    """``target`` computes ``problem``; ``reason`` says why better ones do not."""
-
-    problem: GemmProblem
-    target: str
-    reason: str
+# Choices of this process that were logged; compiling the same problem again says nothing new.
+SEEN: set[KernelChoice] = set()
 
 
-CHOICES: dict[GemmProblem, KernelChoice] = {}
+def choose(problem: GemmProblem, targets: Sequence[Target]) -> tuple[Target | None, KernelChoice]:
+    """The first of ``targets`` that supports ``problem``, None meaning the eager reference.
 
-
-def choose(problem: GemmProblem, targets: Sequence[Target]) -> Target | None:
-    """The first of ``targets`` that supports ``problem``; None means the eager reference.
+    A choice is logged when it first comes up: INFO for a target, WARNING for the reference.
 
     Raises:
         CompileError: ``config.cpu_target`` names no target.
     """
-    allowed = _allowed(targets)
     reasons: list[str] = []
+    allowed = _allowed(targets)
     for target in allowed:
         reason = target.supports(problem)
         if reason is None:
-            _record(KernelChoice(problem, target.name, "; ".join(reasons)))
-            return target
+            return target, _logged_once(problem, target.name, reasons)
         reasons.append(f"{target.name}: {reason}")
     if not allowed:
         reasons.append("forced by config.cpu_target")
-    _record(KernelChoice(problem, REFERENCE, "; ".join(reasons)))
-    return None
+    return None, _logged_once(problem, REFERENCE, reasons)
+
+
+def _logged_once(problem: GemmProblem, target: str, reasons: Sequence[str]) -> KernelChoice:
+    choice = KernelChoice(str(problem), target, "; ".join(reasons))
+    if choice not in SEEN:
+        SEEN.add(choice)
+        why = f" ({choice.reason})" if choice.reason else ""
+        level = logging.WARNING if choice.is_reference else logging.INFO
+        log.log(level, "%s: %s%s", problem, target, why)
+    return choice
 
 
 def _allowed(targets: Sequence[Target]) -> Sequence[Target]:
@@ -72,10 +72,3 @@ def _allowed(targets: Sequence[Target]) -> Sequence[Target]:
             f"cpu_target={forced!r} is unknown; choose one of {', '.join((*names, REFERENCE))}"
         )
     return [target for target in targets if target.name == forced]
-
-
-def _record(choice: KernelChoice) -> None:
-    CHOICES[choice.problem] = choice
-    why = f" ({choice.reason})" if choice.reason else ""
-    level = logging.WARNING if choice.target == REFERENCE else logging.INFO
-    log.log(level, "%s: %s%s", choice.problem, choice.target, why)

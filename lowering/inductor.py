@@ -96,7 +96,11 @@ class GemmTemplate(CppTemplate):
     """
 
     def __init__(
-        self, name: str, source: str, problem: GemmProblem, inputs: dict[str, Any],
+        self,
+        name: str,
+        source: str,
+        problem: GemmProblem,
+        inputs: dict[str, Any],
         layout: ir.Layout,
     ) -> None:
         super().__init__(name, list(inputs.values()), layout, parallel_num_threads())
@@ -134,16 +138,21 @@ class GemmTemplate(CppTemplate):
                 store=lambda rows, columns: self._store(kernel, out, rows, columns),
             )
 
-    def _store(self, kernel: Any, out: _Output, rows: tuple[str, str], columns: tuple[str, str]
-               ) -> str:
+    def _store(
+        self, kernel: Any, out: _Output, rows: tuple[str, str], columns: tuple[str, str]
+    ) -> str:
         """Text that carries ``tile`` through the fused epilogue to rows x columns of the result."""
         tile = kernel.slice_nd(
             kernel.local_buffers["tile"],
             [("0", f"{rows[1]} - {rows[0]}"), ("0", f"{columns[1]} - {columns[0]}")],
         )
         return kernel.store_output(
-            kernel.slice_nd(out.matrix, [rows, columns]), tile, out.gemm, out.epilogue,
-            offsets=(rows[0], columns[0]), reindexers=out.reindexers,
+            kernel.slice_nd(out.matrix, [rows, columns]),
+            tile,
+            out.gemm,
+            out.epilogue,
+            offsets=(rows[0], columns[0]),
+            reindexers=out.reindexers,
         )
 
 
@@ -180,7 +189,9 @@ def _copy(source: Any, destination: Any) -> Any:
     load = source.make_loader()
     dtype = destination.get_dtype()
     data = ir.Pointwise(
-        device=source.get_device(), dtype=dtype, ranges=source.get_size(),
+        device=source.get_device(),
+        dtype=dtype,
+        ranges=source.get_size(),
         inner_fn=lambda index: ops.to_dtype(load(index), dtype),
     )
     return ir.ComputedBuffer(name=destination.get_name(), layout=destination.layout, data=data)
@@ -247,4 +258,3 @@ def _distinct(inputs: dict[str, Any]) -> dict[str, Any]:
         seen.add(node.get_name())
         result[name] = node
     return result
-

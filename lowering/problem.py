@@ -31,7 +31,7 @@ class GemmProblem:
 
     @property
     def route(self) -> str:
-        """"int8" sums int8 products exactly in int32; "float" sums in float32."""
+        """ "int8" sums int8 products exactly in int32; "float" sums in float32."""
         return INT8 if self.operand_dtype == torch.int8 else FLOAT
 
     @property

@@ -22,6 +22,6 @@ def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference_layer() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x ``[60, 48]``, weight ``[40, 48]``, bias ``[40]``) that the paper's code was measured on."""
+    """(x ``[60, 48]``, weight ``[40, 48]``, bias ``[40]``) that the paper's code ran on."""
     tensors = load_file(Path(__file__).parent / "expected" / "layer_40x48.safetensors")
     return tensors["X"].flatten(0, 1), tensors["W"], tensors["b"]

@@ -67,7 +67,9 @@ def test_padded_tokens_do_not_count():
     counts = []
     with torch.no_grad():
         run_calibration(
-            graph, [call(1, attention_mask=mask)], lambda _group, xs: counts.append(len(xs[0])) or {}
+            graph,
+            [call(1, attention_mask=mask)],
+            lambda _group, xs: counts.append(len(xs[0])) or {},
         )
     assert set(counts) == {4 * 24 - 14}
 

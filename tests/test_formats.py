@@ -35,7 +35,11 @@ def test_every_code_has_the_value_of_the_minifloat_definition(fmt):
     for code, integer in enumerate(fmt.magnitudes):
         exponent, mantissa = divmod(code, 2**fmt.mantissa_bits)
         fraction = mantissa / 2**fmt.mantissa_bits
-        value = fraction * 2.0 ** (1 - bias) if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias)
+        value = (
+            fraction * 2.0 ** (1 - bias)
+            if exponent == 0
+            else (1 + fraction) * 2.0 ** (exponent - bias)
+        )
         assert integer * fmt.default_step == value
 
 

@@ -36,7 +36,11 @@ def interesting_steps(fmt) -> torch.Tensor:
     grid = torch.tensor(fmt.magnitudes, dtype=torch.float32)
     middle = (grid[1:] + grid[:-1]) / 2
     points = torch.cat((grid, middle, torch.randn(2000) * fmt.max_integer / 3))
-    near = [points, points.nextafter(torch.tensor(torch.inf)), points.nextafter(-torch.tensor(torch.inf))]
+    near = [
+        points,
+        points.nextafter(torch.tensor(torch.inf)),
+        points.nextafter(-torch.tensor(torch.inf)),
+    ]
     extreme = torch.tensor([0.0, fmt.max_integer * 5.0, torch.inf, 1e-40])
     found = torch.cat((*near, extreme))
     return torch.cat((found, -found))
@@ -103,7 +107,9 @@ def test_codes_match_ml_dtypes_in_range(name):
 def test_quantization_is_invariant_to_powers_of_two(fmt, exponent):
     x = torch.linspace(-3, 3, 101)
     scale, factor = torch.tensor(0.11), 2.0**exponent
-    assert torch.equal(fake_quantize(x * factor, fmt, scale * factor), fake_quantize(x, fmt, scale) * factor)
+    assert torch.equal(
+        fake_quantize(x * factor, fmt, scale * factor), fake_quantize(x, fmt, scale) * factor
+    )
 
 
 def test_powers_of_two_are_exact():

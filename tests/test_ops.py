@@ -55,7 +55,9 @@ def test_the_epilogue_scales_by_token_then_channel_then_adds_the_bias():
 @pytest.mark.parametrize("folded", [False, True], ids=["divides", "folded"])
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_quantized_activations_dequantize_to_the_nearest_grid_point(fmt, granularity, folded, dtype):
+def test_quantized_activations_dequantize_to_the_nearest_grid_point(
+    fmt, granularity, folded, dtype
+):
     x = (torch.randn(2, 5, 32) * 3).to(dtype)
     shift = torch.randint(0, fmt.max_shift + 1, (32,), dtype=torch.int8).clamp(max=6)
     scale = torch.tensor(0.9 if granularity == "token" else 8.0 / fmt.max_integer)
@@ -92,7 +94,9 @@ def test_schemas_and_fake_kernels_hold():
     one = torch.ones(())
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.fp4.quantize_activation.default, (x, one, shift, "e2m1", "token"), test_utils=checks
+        torch.ops.fp4.quantize_activation.default,
+        (x, one, shift, "e2m1", "token"),
+        test_utils=checks,
     )
     torch.library.opcheck(
         torch.ops.fp4.linear.default,

@@ -30,6 +30,8 @@ def test_all_16_codes_in_both_nibbles():
     assert torch.equal(unpack(packed, 4, 2), codes)
 
 
-@pytest.mark.parametrize(("bits", "length", "size"), [(4, 10, 5), (4, 9, 5), (6, 8, 6), (6, 5, 6), (8, 3, 3)])
+@pytest.mark.parametrize(
+    ("bits", "length", "size"), [(4, 10, 5), (4, 9, 5), (6, 8, 6), (6, 5, 6), (8, 3, 3)]
+)
 def test_no_byte_is_wasted(bits, length, size):
     assert packed_size(length, bits) == size

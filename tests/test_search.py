@@ -93,7 +93,7 @@ def test_no_method_is_worse_than_minmax(method, preset, granularity):
         assert decision.activation.granularity == granularity
         shift = decision.activation.exponent_shift
         if shift is not None:
-            assert 0 <= int(shift.min())
+            assert int(shift.min()) >= 0
             assert int(shift.max()) <= by_name(decision.activation.format).max_shift
 
 
@@ -132,9 +132,7 @@ def test_a_tied_embedding_weighs_its_head():
     moment = x.t() @ x / len(x)
     alone, tied = search_embedding(weight, spec), search_embedding(weight, spec, moment)
     head = OutputError.of_inputs(moment)
-    errors = [
-        float(head.rows(dequantized(weight, found), weight).sum()) for found in (alone, tied)
-    ]
+    errors = [float(head.rows(dequantized(weight, found), weight).sum()) for found in (alone, tied)]
     assert errors[1] < errors[0]
 
 
@@ -158,5 +156,7 @@ def test_output_error_is_at_most_the_papers_code(preset, reference_layer):
     start = GroupProblem({"w": weight}, observe([x]), QuantSpec.preset(preset))
     decision = by_method("fpq")(start)["w"]
     y = x @ weight.t() + bias
-    y_hat = apply_activation(x, decision.activation) @ dequantized(weight, decision.weight).t() + bias
+    y_hat = (
+        apply_activation(x, decision.activation) @ dequantized(weight, decision.weight).t() + bias
+    )
     assert float((y_hat - y).square().sum() / y.square().sum()) <= REFERENCE[preset]

@@ -18,7 +18,9 @@ from fp4compile.qparams import ActivationQParams, SiteQParams, WeightQParams
 from fp4compile.tensor import FP4Tensor
 
 
-def quantized(rows: int = 6, columns: int = 10, *, transposed: bool = False, activation: bool = True) -> FP4Tensor:
+def quantized(
+    rows: int = 6, columns: int = 10, *, transposed: bool = False, activation: bool = True
+) -> FP4Tensor:
     torch.manual_seed(0)
     weight = torch.randn(rows, columns)
     scale = scale_for_max(weight.abs().amax(dim=1), by_name("e2m1"))

@@ -44,7 +44,8 @@ def test_every_weight_is_fp4_and_the_original_is_gone(w4a4):
 
 
 @pytest.mark.parametrize(
-    ("spec", "bound"), [("w4a4", 0.3), ("w4a8", 0.1), ("w4a16", 0.1), ("w6a6", 0.02), ("w8a8", 1e-3)]
+    ("spec", "bound"),
+    [("w4a4", 0.3), ("w4a8", 0.1), ("w4a16", 0.1), ("w6a6", 0.02), ("w8a8", 1e-3)],
 )
 def test_error_falls_with_the_bits(spec, bound):
     model = fp4compile.quantize(tiny_llama(), DATA, spec, progress=False)
@@ -161,7 +162,12 @@ class FailsOnLongInput(nn.Module):
         (tiny_llama(), [], {}, CalibrationDataError),
         (tiny_llama(), DATA, {"targets": ["nothing"]}, SelectionError),
         (FailsOnLongInput(), [torch.full((4, 8), torch.inf)], {}, NonFiniteError),
-        (tiny_llama(), [DATA[0], {"input_ids": DATA[1], "attention_mask": DATA[1]}], {}, CalibrationDataError),
+        (
+            tiny_llama(),
+            [DATA[0], {"input_ids": DATA[1], "attention_mask": DATA[1]}],
+            {},
+            CalibrationDataError,
+        ),
     ],
     ids=["empty", "selection", "infinite", "structure"],
 )

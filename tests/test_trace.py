@@ -17,7 +17,11 @@ def test_llama_groups_siblings_and_ties_the_head():
     assert not graph.skipped
     siblings = [[site.name.split(".")[-2] for site in group.sites] for group in graph.groups]
     layer = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-    assert siblings == [*layer, *layer, ["embed_tokens"]] or siblings == [["embed_tokens"], *layer, *layer]
+    assert siblings == [*layer, *layer, ["embed_tokens"]] or siblings == [
+        ["embed_tokens"],
+        *layer,
+        *layer,
+    ]
     tied = graph.sites[0]
     assert tied.aliases == ("model.embed_tokens.weight", "lm_head.weight")
     assert len(tied.linears) == len(tied.lookups) == 1

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fp4compile.numerics import power_of_two
 from fp4compile.passes.plan import Rewrite
-from fp4compile.trace import LINEAR_OPS, PASS_THROUGH, Group, Site
+from fp4compile.trace import LINEAR_OPS, PASS_THROUGH, Group, Site, bias_node
 
 aten = torch.ops.aten
 
@@ -145,16 +145,9 @@ def _own_vector(rewrite: Rewrite, node: object) -> str | None:
     return None if shared or str(node.target) in rewrite.parameters else str(node.target)
 
 
-def _bias_node(site: Site) -> object:
-    (node,) = site.linears
-    if node.target is aten.addmm.default:
-        return node.args[0]
-    return node.args[2] if node.target is aten.linear.default and len(node.args) > 2 else None
-
-
 def _bias_of(rewrite: Rewrite, site: Site) -> str | None:
-    return _own_vector(rewrite, _bias_node(site))
+    return _own_vector(rewrite, bias_node(*site.linears))
 
 
 def _bias_is_own(rewrite: Rewrite, site: Site) -> bool:
-    return _bias_node(site) is None or _bias_of(rewrite, site) is not None
+    return bias_node(*site.linears) is None or _bias_of(rewrite, site) is not None

@@ -178,10 +178,11 @@ def _per_token(static: Sequence[ActivationQParams]) -> list[ActivationQParams]:
     seen: dict[tuple[str, tuple[int, ...]], ActivationQParams] = {}
     for candidate in static:
         shift = candidate.exponent_shift
-        seen.setdefault((candidate.format, () if shift is None else tuple(shift.tolist())), candidate)
+        seen.setdefault(
+            (candidate.format, () if shift is None else tuple(shift.tolist())), candidate
+        )
     return [
         ActivationQParams(candidate.format, "token", torch.tensor(ratio), candidate.exponent_shift)
         for candidate in seen.values()
         for ratio in TOKEN_CLIP_RATIOS
     ]
-

@@ -12,8 +12,12 @@ from fp4compile.packing import unpack
 
 @inductor.register_as_aten(torch.ops.fp4.embedding.default)
 def embedding(
-    indices: Tensor, packed_weight: Tensor, weight_scale: Tensor, weight_format: str,
-    embedding_dim: int, out_dtype: torch.dtype,
+    indices: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    weight_format: str,
+    embedding_dim: int,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     fmt = by_name(weight_format)
     codes = unpack(packed_weight[indices], fmt.bits, embedding_dim)

@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 
+from fp4compile.formats import by_name
+from fp4compile.kernels import KernelChoice
 from fp4compile.lowering import inductor
 from fp4compile.lowering.choice import choose, log
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import CPU_TARGETS
+from fp4compile.ops.quantize_activation import operand_dtype
+from fp4compile.tensor import FP4Tensor
 
 _OP = torch.ops.fp4.linear.default
 _reference = inductor.eager_reference(_OP)
@@ -17,8 +21,13 @@ _reference = inductor.eager_reference(_OP)
 
 @inductor.register(_OP)
 def linear(
-    operand: Any, operand_scale: Any, packed_weight: Any, weight_scale: Any, bias: Any,
-    weight_format: str, out_dtype: torch.dtype,
+    operand: Any,
+    operand_scale: Any,
+    packed_weight: Any,
+    weight_scale: Any,
+    bias: Any,
+    weight_format: str,
+    out_dtype: torch.dtype,
 ) -> Any:
     problem = GemmProblem(
         N=inductor.static_int(packed_weight.get_size()[0]),
@@ -36,7 +45,7 @@ def linear(
             "post_grad_custom_pre_pass was assigned after fp4compile.lowering was imported; "
             "Inductor's cache may serve kernels of another version of fp4compile"
         )
-    target = choose(problem, CPU_TARGETS)
+    target, _ = choose(problem, CPU_TARGETS)
     if target is None:
         return _reference(
             operand, operand_scale, packed_weight, weight_scale, bias, weight_format, out_dtype
@@ -51,7 +60,10 @@ def linear(
     if bias is not None:
         inputs["bias"] = inductor.as_vector(inductor.to_dtype(bias, torch.float32))
     return inductor.gemm(
-        f"fp4_{target.name}", target.source(problem), problem, inputs,
+        f"fp4_{target.name}",
+        target.source(problem),
+        problem,
+        inputs,
         batch=operand.get_size()[:-1],
     )
 
@@ -60,3 +72,21 @@ def _granularity(operand_scale: Any) -> str | None:
     if operand_scale is None:
         return None
     return "token" if operand_scale.get_size() else "tensor"
+
+
+def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
+    """The kernel that compiling ``F.linear`` with ``weight`` will use on this machine."""
+    rows, columns = weight.packed_weight.shape[0], weight.reduction
+    activation = weight.activation_format
+    problem = GemmProblem(
+        N=rows,
+        K=columns,
+        weight_format=weight.weight_format,
+        operand_dtype=weight.dtype if activation is None else operand_dtype(by_name(activation)),
+        operand_scale=None if activation is None else weight.granularity,
+        block_scales=weight.weight_scale.dim() > 1,
+        bias=bias,
+        out_dtype=weight.dtype,
+        device=weight.device.type,
+    )
+    return choose(problem, CPU_TARGETS)[1]

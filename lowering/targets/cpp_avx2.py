@@ -12,6 +12,4 @@ def _declines(problem: GemmProblem) -> str | None:
     return missing_flags(("avx2",))
 
 
-TARGET = CppTarget(
-    name="cpp_avx2", templates=lambda problem: ("avx2_int8",), declines=_declines
-)
+TARGET = CppTarget(name="cpp_avx2", templates=lambda problem: ("avx2_int8",), declines=_declines)

@@ -29,7 +29,6 @@ class CppTarget:
     templates: Callable[[GemmProblem], tuple[str, ...]]
     declines: Callable[[GemmProblem], str | None]
 
-
     def supports(self, problem: GemmProblem) -> str | None:
         """None, or the reason for declining ``problem``."""
         return layout_reason(problem) or self.declines(problem)

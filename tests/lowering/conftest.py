@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fp4compile import lowering
 from fp4compile.formats import by_name
+from fp4compile.lowering.choice import SEEN
 from fp4compile.lowering.targets import CPU_TARGETS, CppTarget
 from fp4compile.packing import pack
 
@@ -22,7 +23,7 @@ def fresh_compiler() -> Iterator[None]:
     """Every test compiles anew and leaves neither a forced target nor a thread count behind."""
     threads, forced = torch.get_num_threads(), lowering.config.cpu_target
     torch._dynamo.reset()
-    lowering.CHOICES.clear()
+    SEEN.clear()
     torch.manual_seed(0)
     yield
     lowering.config.cpu_target = forced
@@ -56,8 +57,10 @@ class Weight:
         bits = by_name(format).bits
         codes = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8)
         return Weight(
-            pack(codes, bits), torch.rand(N) + 0.1,
-            None if bias is None else torch.randn(N).to(bias), format,
+            pack(codes, bits),
+            torch.rand(N) + 0.1,
+            None if bias is None else torch.randn(N).to(bias),
+            format,
         )
 
 

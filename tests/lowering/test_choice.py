@@ -12,15 +12,21 @@ from torch import Tensor
 
 from fp4compile import lowering
 from fp4compile.errors import CompileError
-from fp4compile.lowering.choice import choose
+from fp4compile.lowering.choice import SEEN, choose
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import CPU_TARGETS, cpp_avx512
 
 Make = Callable[..., Any]
 
 PROBLEM = GemmProblem(
-    N=8, K=8, weight_format="e2m1", operand_dtype=torch.int8, operand_scale="token",
-    block_scales=False, bias=False, out_dtype=torch.float32,
+    N=8,
+    K=8,
+    weight_format="e2m1",
+    operand_dtype=torch.int8,
+    operand_scale="token",
+    block_scales=False,
+    bias=False,
+    out_dtype=torch.float32,
 )
 
 
@@ -37,7 +43,7 @@ def test_six_bits_fall_back_with_a_reason(
     operand, scale = int8_operand(3, 16), torch.rand(3, 1)
     with caplog.at_level(logging.INFO, logger="fp4compile.lowering"):
         assert torch.equal(compiled(run)(operand, scale), run(operand, scale))
-    (choice,) = lowering.CHOICES.values()
+    (choice,) = SEEN
     assert choice.target == "reference"
     assert "6 bits" in choice.reason
     assert choice.reason in caplog.text
@@ -46,16 +52,18 @@ def test_six_bits_fall_back_with_a_reason(
 def test_missing_flags_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert "avx512_vnni" in (cpp_avx512.TARGET.supports(PROBLEM) or "")
-    chosen = choose(PROBLEM, CPU_TARGETS)
+    chosen, choice = choose(PROBLEM, CPU_TARGETS)
     assert chosen is not None
-    assert chosen.name != "cpp_avx512"
-    assert "avx512_vnni" in lowering.CHOICES[PROBLEM].reason
+    assert chosen.name == choice.target != "cpp_avx512"
+    assert "avx512_vnni" in choice.reason
 
 
 def test_forced_reference() -> None:
     lowering.config.cpu_target = "reference"
-    assert choose(PROBLEM, CPU_TARGETS) is None
-    assert "forced" in lowering.CHOICES[PROBLEM].reason
+    chosen, choice = choose(PROBLEM, CPU_TARGETS)
+    assert chosen is None
+    assert choice.is_reference
+    assert "forced" in choice.reason
 
 
 def test_unknown_target() -> None:

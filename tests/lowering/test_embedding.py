@@ -21,9 +21,7 @@ def test_equals_eager(
     weight = random_weight(50, K, format)
 
     def run(indices: Tensor) -> Tensor:
-        return torch.ops.fp4.embedding(
-            indices, weight.packed, weight.scale, format, K, out_dtype
-        )
+        return torch.ops.fp4.embedding(indices, weight.packed, weight.scale, format, K, out_dtype)
 
     indices = torch.randint(0, 50, (3, 7))
     assert torch.equal(compiled(run)(indices), run(indices))

@@ -73,7 +73,8 @@ def test_an_edited_source_misses_the_cache_of_another_process(tmp_path: Path) ->
     sources = tmp_path / "sources"
     sources.mkdir()
     environment = {
-        **os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
         # The cache under test is Inductor's own, not the one above it.
         "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
     }
@@ -81,7 +82,10 @@ def test_an_edited_source_misses_the_cache_of_another_process(tmp_path: Path) ->
     def start() -> str:
         result = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(sources)],
-            env=environment, capture_output=True, text=True, check=True,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return result.stdout.strip()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4compile import lowering
+from fp4compile.lowering.choice import SEEN
 from fp4compile.lowering.targets import CppTarget
 
 Make = Callable[..., Any]
@@ -27,7 +27,7 @@ SIZES = {  # N, K: multiples of the tiles, tails, odd K, tiny
 
 
 def skip_if_declined(target: CppTarget) -> None:
-    for choice in lowering.CHOICES.values():
+    for choice in SEEN:
         if choice.target != target.name:
             pytest.skip(choice.reason)
 
@@ -43,8 +43,14 @@ def skip_if_declined(target: CppTarget) -> None:
     ],
 )
 def test_int8_route_is_exact(
-    compiled: Make, random_weight: Make, int8_operand: Make, target: CppTarget,
-    size: str, format: str, granularity: str | None, bias: torch.dtype | None,
+    compiled: Make,
+    random_weight: Make,
+    int8_operand: Make,
+    target: CppTarget,
+    size: str,
+    format: str,
+    granularity: str | None,
+    bias: torch.dtype | None,
 ) -> None:
     N, K = SIZES[size]
     weight = random_weight(N, K, format, bias)
@@ -74,8 +80,12 @@ def test_int8_route_is_exact(
     ],
 )
 def test_weight_only_route(
-    compiled: Make, random_weight: Make, target: CppTarget,
-    size: str, format: str, dtype: torch.dtype,
+    compiled: Make,
+    random_weight: Make,
+    target: CppTarget,
+    size: str,
+    format: str,
+    dtype: torch.dtype,
 ) -> None:
     N, K = SIZES[size]
     weight = random_weight(N, K, format, torch.float32)
@@ -122,8 +132,10 @@ def test_batched_operand_and_fused_epilogue(
         # Between the fused steps nothing is rounded to bfloat16.
         tolerance = 1e-5 if dtype == torch.float32 else 0.03
         torch.testing.assert_close(
-            fast(operand, scale, gate, residual), run(operand, scale, gate, residual),
-            rtol=tolerance, atol=tolerance,
+            fast(operand, scale, gate, residual),
+            run(operand, scale, gate, residual),
+            rtol=tolerance,
+            atol=tolerance,
         )
     assert counters["cpp_epilogue_fusion_counter"] > fused
 

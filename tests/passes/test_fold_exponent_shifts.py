@@ -9,8 +9,8 @@ import torch
 from models import NormThenLinears, tiny_llama, tokens
 from torch import nn
 
-from fp4compile.numerics import scale_for_max
 from fp4compile.formats import by_name
+from fp4compile.numerics import scale_for_max
 from fp4compile.passes import PASSES, Rewrite
 from fp4compile.passes.fold_exponent_shifts import fold_exponent_shifts
 from fp4compile.passes.plan import commit, oriented
