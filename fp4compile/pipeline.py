@@ -124,9 +124,7 @@ def _replacements(
     return found
 
 
-def _call_with(
-    node: fx.Node, position: int, weight: FP4Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
+def _call_with(node: fx.Node, position: int, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     assert callable(node.target)
     result: Tensor = node.target(*args[:position], weight, *args[position + 1 :], **kwargs)
     return result

@@ -9,20 +9,20 @@ from torch.nn import functional as F
 VOCABULARY = 96
 
 
-def tiny_llama(*, tied: bool = True, seed: int = 0) -> nn.Module:
-    """A 2-layer Llama with grouped-query attention; activations differ between channels."""
+def tiny_llama(*, layers: int = 2, seed: int = 0) -> nn.Module:
+    """A Llama with a tied head and grouped-query attention; activations differ between channels."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=VOCABULARY,
         max_position_embeddings=128,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=True,
         initializer_range=0.05,
         pad_token_id=0,
         bos_token_id=1,
@@ -38,7 +38,8 @@ def tiny_llama(*, tied: bool = True, seed: int = 0) -> nn.Module:
 
 def tokens(batch: int = 4, length: int = 24, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCABULARY, (batch, length), generator=generator)
+    # Token 0 is the padding.
+    return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
 
 
 class NormThenLinears(nn.Module):

@@ -75,7 +75,8 @@ def _all_tokens(problem: GroupProblem) -> Tokens:
     x = problem.statistics.sample
     power = torch.zeros(len(x))
     for weight in problem.weights.values():
-        y = (x @ weight.t()).square().sum(dim=1)
+        # A head has far more outputs than channels: x W^T is never formed.
+        y = (x @ (weight.t() @ weight) * x).sum(dim=1)
         power += y / y.mean().clamp_min(TINY)
     return Tokens(x, 1 / (power + SINK_POWER * power.mean().clamp_min(TINY)))
 

@@ -1,0 +1,115 @@
+"""The compiled model computes what the eager one computes, and compiles no more than it must."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from models import tiny_llama, tokens
+from torch import nn
+from torch._dynamo.utils import counters
+
+import fp4compile
+from fp4compile.compile import compile_model
+
+DATA = [tokens(seed=1), tokens(seed=2)]
+
+
+@pytest.fixture(scope="module")
+def eager() -> nn.Module:
+    return fp4compile.quantize(tiny_llama(layers=1), DATA, progress=False)
+
+
+@pytest.fixture(scope="module")
+def compiled(eager) -> nn.Module:
+    torch.compiler.reset()
+    counters.clear()
+    model = compile_model(copy.deepcopy(eager))
+    # Warm-up: one call of every kind that the tests make.
+    with torch.no_grad():
+        model(tokens(2, 9))
+        for batch in (2, 3):
+            model.generate(tokens(batch, 5), max_new_tokens=3, do_sample=False)
+    return model
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_forward_equals_eager_without_compiling_again(eager, compiled):
+    before = graphs()
+    for batch, length in ((2, 9), (4, 24), (3, 17), (7, 2)):
+        with torch.no_grad():
+            got, expected = compiled(tokens(batch, length)), eager(tokens(batch, length))
+        torch.testing.assert_close(got.logits, expected.logits, rtol=2e-2, atol=2e-2)
+        agree = (got.logits.argmax(-1) == expected.logits.argmax(-1)).float().mean()
+        assert agree > 0.99
+    assert graphs() == before
+
+
+def test_generate_equals_eager_without_compiling_again(eager, compiled):
+    before = graphs()
+    # Other batch sizes, other prompt lengths, more decode steps, a second prompt.
+    for batch, length, steps in ((2, 5, 12), (4, 11, 6), (3, 7, 9)):
+        prompt = tokens(batch, length, seed=batch)
+        options = {"max_new_tokens": steps, "do_sample": False}
+        assert torch.equal(compiled.generate(prompt, **options), eager.generate(prompt, **options))
+    assert graphs() == before
+
+
+def test_no_graph_breaks(compiled):
+    assert not counters["graph_break"]
+
+
+def test_the_report_names_every_kernel(compiled):
+    kernels = compiled.fp4_report.kernels
+    assert len(kernels) == 8
+    assert all(choice.problem for choice in kernels.values())
+
+
+def test_a_kernel_that_falls_back_says_so(caplog):
+    with caplog.at_level(logging.INFO, logger="fp4compile"):
+        model = fp4compile.quantize(
+            tiny_llama(),
+            DATA,
+            "w6a6",
+            method="minmax",
+            targets=["*.0.mlp.down_proj"],
+            progress=False,
+        )
+        compile_model(model)
+    (choice,) = model.fp4_report.kernels.values()
+    assert choice.is_reference
+    assert "6 bits" in choice.reason
+    assert choice.reason in caplog.text
+
+
+class Linears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 32)
+        self.second = nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("backend", ["fp4compile", "inductor"])
+def test_torch_compile_takes_quantized_models(backend):
+    x = torch.randn(5, 16)
+    model = fp4compile.quantize(Linears(), [x], progress=False)
+    expected = model(x)
+    fp4compile.load_lowerings()
+    got = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)(x)
+    assert torch.equal(got, expected)
+
+
+def test_quantize_and_compile_returns_the_same_model():
+    model = Linears()
+    x = torch.randn(5, 16)
+    assert fp4compile.quantize_and_compile(model, [x], progress=False) is model
+    assert model(x).shape == (5, 8)
+    assert model.fp4_report.kernels
