@@ -1,0 +1,111 @@
+"""One linear layer: FP4 (activation quantization included) beside torch's bf16 and fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fp4compile
+from bench.timing import Timing, interleave
+from fp4compile.formats import by_name
+from fp4compile.packing import pack
+from fp4compile.tensor import FP4Tensor
+
+# Together larger than any last-level cache, so that decode reads weights from memory.
+WORKING_SET_BYTES = 128 << 20
+BANDWIDTH_FLOATS = 64 << 20
+
+
+@dataclass(frozen=True)
+class GemmResult:
+    """``y[M, N] = x[M, K] w[N, K]^T`` in one way; ``bandwidth_share`` is the rate at which the
+    weights are read over what ``torch.sum`` reads in the same run.
+    """
+
+    name: str
+    M: int
+    N: int
+    K: int
+    threads: int
+    timing: Timing
+    gops: float
+    bandwidth_share: float
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def run(
+    shapes: list[tuple[int, int]], rows: list[int], threads: int, repetitions: int
+) -> Iterator[GemmResult]:
+    """Results for every shape (N, K) and M, all candidates of one M in one interleaved run."""
+    torch.set_num_threads(threads)
+    fp4compile.load_lowerings()
+    buffer = torch.ones(BANDWIDTH_FLOATS)
+    for N, K in shapes:
+        layers = _layers(N, K)
+        for M in rows:
+            x = torch.randn(M, K)
+            calls = {name: make(x) for name, make in layers.items()}
+            timings = interleave({**calls, "read": buffer.sum}, repetitions=repetitions)
+            bandwidth = buffer.nbytes / timings["read"].median
+            for name in calls:
+                yield _result(name, M, N, K, threads, timings[name], bandwidth)
+
+
+def _result(
+    name: str, M: int, N: int, K: int, threads: int, timing: Timing, bandwidth: float
+) -> GemmResult:
+    bits = {"fp32": 32, "bf16": 16}.get(name, 4)
+    rate = N * K * bits / 8 / timing.median
+    gops = 2 * M * N * K / timing.median / 1e9
+    return GemmResult(name, M, N, K, threads, timing, gops, rate / bandwidth)
+
+
+def _layers(N: int, K: int) -> dict[str, Callable[[Tensor], Callable[[], Tensor]]]:
+    """Ways to compute the layer; each takes x and gives a call that walks through its weights."""
+    copies = max(1, WORKING_SET_BYTES // (N * K // 2))
+    w4a4 = [_fp4_weight(N, K, "e2m1") for _ in range(copies)]
+    w4a16 = [_fp4_weight(N, K, None) for _ in range(copies)]
+    full = torch.randn(N, K)
+    bf16 = [full.to(torch.bfloat16) for _ in range(max(1, copies // 4))]
+    fp32 = [full.clone() for _ in range(max(1, copies // 8))]
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, w: F.linear(x, w), dynamic=True, fullgraph=True)
+    return {
+        "fp4 w4a4": lambda x: _walk(compiled, x, w4a4),
+        "fp4 w4a16": lambda x: _walk(compiled, x.to(torch.bfloat16), w4a16),
+        "bf16": lambda x: _walk(F.linear, x.to(torch.bfloat16), bf16),
+        "fp32": lambda x: _walk(F.linear, x, fp32),
+    }
+
+
+def _walk(
+    linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: list[Tensor]
+) -> Callable[[], Tensor]:
+    position = 0
+
+    def call() -> Tensor:
+        nonlocal position
+        position = (position + 1) % len(weights)
+        return linear(x, weights[position])
+
+    return call
+
+
+def _fp4_weight(N: int, K: int, activation: str | None) -> Tensor:
+    codes = torch.randint(0, 16, (N, K), dtype=torch.uint8)
+    scale = torch.tensor(3.0 / by_name(activation).max_integer) if activation else None
+    return FP4Tensor(
+        pack(codes, 4),
+        torch.rand(N) + 0.1,
+        scale,
+        weight_format="e2m1",
+        activation_format=activation,
+        reduction=K,
+        dtype=torch.float32 if activation else torch.bfloat16,
+    )

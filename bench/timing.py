@@ -1,0 +1,44 @@
+"""Interleaved timing: the candidates take turns, so a drift of the machine hits them all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median, lowest and highest of the repetitions."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], *, repetitions: int, budget: float = 0.02
+) -> dict[str, Timing]:
+    """Time every candidate ``repetitions`` times in turn, after a warm-up.
+
+    Args:
+        budget: seconds that one repetition of a fast candidate is stretched to by calling it
+            several times.
+    """
+    calls = {name: _calls_in(budget, call) for name, call in candidates.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repetitions):
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                call()
+            seconds[name].append((time.perf_counter() - start) / calls[name])
+    return {name: Timing(median(s), min(s), max(s)) for name, s in seconds.items()}
+
+
+def _calls_in(budget: float, call: Callable[[], object]) -> int:
+    call()
+    start = time.perf_counter()
+    call()
+    return max(1, int(budget / max(time.perf_counter() - start, 1e-9)))
