@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fp4compile.batches import as_batches, example_call, only_example
-from fp4compile.compile import compile_model
+from fp4compile.compile import compile_model, load_lowerings
 from fp4compile.errors import AlreadyQuantizedError, NonFiniteError
 from fp4compile.passes import PASSES
 from fp4compile.passes.plan import Rewrite, commit
@@ -108,6 +108,7 @@ def quantize_and_compile(
     All arguments are those of :func:`quantize`. The first call of each kind compiles; forward
     and ``generate`` then run compiled, prefill and decode alike.
     """
+    load_lowerings()  # what cannot compile here shall fail before minutes of calibration
     return compile_model(quantize(model, calib_data, spec, **options))
 
 

@@ -51,5 +51,9 @@ class CompileError(Fp4CompileError):
     """The compiled model breaks the coverage contract, or Inductor cannot be used here."""
 
 
+class EvaluationError(Fp4CompileError):
+    """A measurement was asked for that has nothing to measure."""
+
+
 class MissingDependencyError(Fp4CompileError):
     """An optional package is needed for this call and is not installed."""

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm import tqdm
 
+from fp4compile.errors import EvaluationError
+
 
 @dataclass(frozen=True)
 class PerplexityResult:
@@ -46,7 +48,7 @@ def perplexity(
         max_tokens: score at most so many tokens, in whole windows; None scores all.
 
     Raises:
-        ValueError: there is not one whole window to score.
+        EvaluationError: there is not one whole window to score.
     """
     flat = token_ids.reshape(-1)
     count = _window_count(flat.numel(), window, max_tokens)
@@ -61,12 +63,12 @@ def perplexity(
 
 def _window_count(tokens: int, window: int, max_tokens: int | None) -> int:
     if window < 2:
-        raise ValueError(f"window={window} scores nothing; it takes at least 2 tokens")
+        raise EvaluationError(f"window={window} scores nothing; it takes at least 2 tokens")
     count = tokens // window
     if max_tokens is not None:
         count = min(count, max_tokens // (window - 1))
     if count == 0:
-        raise ValueError(
+        raise EvaluationError(
             f"{tokens} tokens (max_tokens={max_tokens}) hold no whole window of {window} tokens; "
             "give a longer text, more max_tokens or a smaller window"
         )
@@ -128,7 +130,9 @@ def measure_generation_speed(
         new_tokens: how many to generate, at least 2; an end-of-text token does not stop early.
     """
     if new_tokens < 2:
-        raise ValueError(f"new_tokens={new_tokens} leaves nothing to time after the first token")
+        raise EvaluationError(
+            f"new_tokens={new_tokens} leaves nothing to time after the first token"
+        )
     prefill, decode = [], []
     prompt_tokens = input_ids.shape[-1]
     rounds = tqdm(range(repeats + 1), desc="generation", unit="round", disable=not progress)

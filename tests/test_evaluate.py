@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fp4compile import evaluate
+from fp4compile.errors import EvaluationError
 from fp4compile.evaluate import ModelSize, measure_generation_speed, model_size, perplexity
 
 VOCABULARY = 11
@@ -76,7 +77,7 @@ def test_max_tokens_counts_scored_tokens_in_whole_windows(
     ids=["short text", "few tokens", "empty window"],
 )
 def test_nothing_to_score_is_an_error(count: int, options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="window"):
+    with pytest.raises(EvaluationError, match="window"):
         perplexity(Bigram(torch.zeros(VOCABULARY, VOCABULARY)), _random_ids(count), **options)
 
 
@@ -113,7 +114,7 @@ def test_speed_separates_prefill_from_decode(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_one_new_token_times_no_decode() -> None:
-    with pytest.raises(ValueError, match="new_tokens=1"):
+    with pytest.raises(EvaluationError, match="new_tokens=1"):
         measure_generation_speed(Clock(), torch.ones(1, 4, dtype=torch.long), 1)
 
 
