@@ -121,7 +121,7 @@ class GemmTemplate(CppTemplate):
                 stack.enter_context(
                     patch.object(V.graph, "get_dtype", self._fake_get_dtype(buffer))
                 )
-            return self._template_from_string(self.source).render(
+            return _parsed(self.source).render(
                 kernel=kernel,
                 header=self.header().getvalue(),
                 export=get_export_declaration(),
@@ -154,6 +154,12 @@ class GemmTemplate(CppTemplate):
             offsets=(rows[0], columns[0]),
             reindexers=out.reindexers,
         )
+
+
+@cache
+def _parsed(source: str) -> Any:
+    # A model renders a handful of texts hundreds of times; parsing was most of its lowering time.
+    return CppTemplate._template_from_string(source)
 
 
 class _Output:
