@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp4compile.formats import FloatFormat
+from fp4compile.numerics import decode, value_table
 
 
 def codes_per_group(bits: int) -> int:
@@ -53,7 +54,7 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
 @cache
 def _pair_table(fmt: FloatFormat, device: torch.device) -> Tensor:
     """float32 ``[256, 2]``: the two integer values of every byte of packed 4-bit codes."""
-    values = torch.tensor(fmt.integer_values, dtype=torch.float32, device=device)
+    values = value_table(fmt, device)
     byte = torch.arange(256, device=device)
     return torch.stack((values[byte & 15], values[byte >> 4]), dim=-1)
 
@@ -63,6 +64,4 @@ def unpack_values(packed: Tensor, fmt: FloatFormat, length: int) -> Tensor:
     if fmt.bits == 4:
         pairs = _pair_table(fmt, packed.device).index_select(0, packed.flatten().to(torch.int32))
         return pairs.view(*packed.shape[:-1], -1)[..., :length]
-    values = torch.tensor(fmt.integer_values, dtype=torch.float32, device=packed.device)
-    codes = unpack(packed, fmt.bits, length)
-    return values.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
+    return decode(unpack(packed, fmt.bits, length), fmt)

@@ -56,6 +56,19 @@ class QuantSpec:
     activation: TensorSpec | None
     embedding: TensorSpec | None
 
+    def __post_init__(self) -> None:
+        if self.activation is not None and self.activation.granularity == "channel":
+            raise SpecError(
+                "an activation has one scale per tensor or per token; give its TensorSpec "
+                "granularity='tensor' (static) or 'token' (dynamic)"
+            )
+        for spec in (self.weight, self.embedding):
+            if spec is not None and (spec.granularity != "channel" or spec.exponent_shift):
+                raise SpecError(
+                    "weights and embeddings have one scale per output channel and no exponent "
+                    f"shifts of their own, got {spec}; leave granularity and exponent_shift out"
+                )
+
     @classmethod
     def preset(cls, name: str) -> QuantSpec:
         """``w4a4``, ``w4a8``, ``w4a16``, ``w6a6`` or ``w8a8``: weight and activation bits.

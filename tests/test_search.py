@@ -11,7 +11,7 @@ from fp4compile.errors import SpecError
 from fp4compile.formats import FORMATS, by_name, of_width
 from fp4compile.numerics import fake_quantize, scale_for_max
 from fp4compile.observers import observe
-from fp4compile.qparams import PRESETS, QuantSpec
+from fp4compile.qparams import PRESETS, QuantSpec, TensorSpec
 from fp4compile.search import METHODS, GroupProblem, by_method
 from fp4compile.search.activation import apply_activation
 from fp4compile.search.embedding import search_embedding
@@ -141,6 +141,20 @@ def test_unknown_names_list_the_known_ones():
         by_method("magic")
     with pytest.raises(SpecError, match="w4a4"):
         QuantSpec.preset("w3a3")
+
+
+def test_specs_that_mean_nothing_are_refused():
+    four = TensorSpec(4)
+    with pytest.raises(SpecError, match="per tensor or per token"):
+        QuantSpec(four, four, four)
+    with pytest.raises(SpecError, match="per output channel"):
+        QuantSpec(TensorSpec(4, granularity="token"), None, None)
+    with pytest.raises(SpecError, match="is not one of"):
+        TensorSpec(4, granularity="row")
+    with pytest.raises(SpecError, match="do not have 4 bits"):
+        TensorSpec(4, formats=("e4m3",))
+    with pytest.raises(SpecError, match="without activation"):
+        QuantSpec(four, None, None).per_token()
 
 
 # Relative output errors (with the bias in the output, tokens equally weighted) of the public

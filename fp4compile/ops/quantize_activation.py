@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp4compile.errors import SpecError
 from fp4compile.formats import FloatFormat, by_name
 from fp4compile.numerics import power_of_two, round_steps, scale_for_max
 
@@ -40,8 +41,13 @@ def quantize_activation(
     Returns:
         ``operand`` ``[..., K]`` = ``integer_value(code) << exponent_shift``, int8 or bfloat16
         (:func:`operand_dtype`), and ``operand_scale`` float32, 0-d or ``[..., 1]``.
+
+    Raises:
+        UnknownFormatError, SpecError: no such format or granularity.
     """
     fmt = by_name(format)
+    if granularity not in GRANULARITIES:
+        raise SpecError(f"activation granularity {granularity!r} is not one of {GRANULARITIES}")
     values = x.to(torch.float32)
     if exponent_shift is not None and not shift_folded:
         values = values * power_of_two(-exponent_shift)
