@@ -71,7 +71,7 @@ def quantize(
     """
     started = time.monotonic()
     spec = QuantSpec.preset(spec) if isinstance(spec, str) else spec
-    search = by_method(method)
+    search_method = by_method(method)
     _check_model(model)
     with _evaluating(model), torch.no_grad():
         if recipe is None:
@@ -86,7 +86,7 @@ def quantize(
         graph = replace(graph, sites=sites, skipped={**graph.skipped, **left_out})
         if recipe is None:
             decided = decide(
-                model, graph, batches, spec, search, sequential=sequential, progress=progress
+                model, graph, batches, spec, search_method, sequential=sequential, progress=progress
             )
         else:
             decided = as_recipe(recipe).decisions(graph)

@@ -11,15 +11,13 @@ from tqdm.auto import tqdm
 
 from fp4compile.batches import Batch
 from fp4compile.calibrate import run_calibration
-from fp4compile.formats import by_name
 from fp4compile.observers import observe
 from fp4compile.passes.plan import oriented
 from fp4compile.passes.swap_weights import fp4_weight
 from fp4compile.qparams import QuantSpec, SiteQParams
 from fp4compile.search import GroupProblem, SearchMethod
-from fp4compile.search.embedding import search_embedding
-from fp4compile.search.fpq import MINMAX_FORMATS, dequantized
-from fp4compile.search.weight import minmax_weight
+from fp4compile.search.embedding import minmax_embedding
+from fp4compile.search.fpq import dequantized
 from fp4compile.trace import LINEAR_OPS, Graph, Group, Site
 
 Replacements = dict[fx.Node, Callable[..., Tensor]]
@@ -30,7 +28,7 @@ def decide(
     graph: Graph,
     batches: Sequence[Batch],
     spec: QuantSpec,
-    search: SearchMethod,
+    method: SearchMethod,
     *,
     sequential: bool = False,
     progress: bool = True,
@@ -40,7 +38,7 @@ def decide(
     With ``sequential`` a decided group computes with its decision from then on, so later groups
     are calibrated on what the quantized network produces.
     """
-    decided = _decide_lookups_first(model, graph, batches, spec) if sequential else {}
+    decided = _decide_lookups_first(model, graph, batches, spec, method) if sequential else {}
     bar = tqdm(total=len(graph.groups), desc="calibrate", unit="group", disable=not progress)
 
     def on_group(group: Group, inputs: Sequence[Tensor]) -> Replacements:
@@ -48,14 +46,16 @@ def decide(
         statistics = observe(inputs)
         for site in group.sites:
             if site.lookups and site.name not in decided:
-                decided[site.name] = _decide_lookup(model, site, spec, statistics.second_moment)
+                decided[site.name] = _decide_lookup(
+                    model, site, spec, method, statistics.second_moment
+                )
         problem = GroupProblem(
             {site.name: oriented(model, site.name, site.transposed) for site in group.sites},
             statistics,
             spec,
             {site.name: decided[site.name].weight for site in group.sites if site.lookups},
         )
-        decided.update(search(problem))
+        decided.update(method.search_group(problem))
         bar.update()
         return _replacements(model, group.sites, decided) if sequential else {}
 
@@ -65,12 +65,16 @@ def decide(
         run_calibration(graph, batches, on_group, at_start)
     for site in lookups:
         if site.name not in decided:
-            decided[site.name] = _decide_lookup(model, site, spec, None)
+            decided[site.name] = _decide_lookup(model, site, spec, method, None)
     return decided
 
 
 def _decide_lookups_first(
-    model: nn.Module, graph: Graph, batches: Sequence[Batch], spec: QuantSpec
+    model: nn.Module,
+    graph: Graph,
+    batches: Sequence[Batch],
+    spec: QuantSpec,
+    method: SearchMethod,
 ) -> dict[str, SiteQParams]:
     """Embeddings, before any group runs on their quantized rows. One that is tied to a head also
     weighs the head's error, for which the full-precision model is run once.
@@ -87,17 +91,22 @@ def _decide_lookups_first(
     if any(site.linears for site in lookups):
         run_calibration(graph, batches, observe_heads)
     return {
-        site.name: _decide_lookup(model, site, spec, moments.get(site.name)) for site in lookups
+        site.name: _decide_lookup(model, site, spec, method, moments.get(site.name))
+        for site in lookups
     }
 
 
 def _decide_lookup(
-    model: nn.Module, site: Site, spec: QuantSpec, head_moment: Tensor | None
+    model: nn.Module,
+    site: Site,
+    spec: QuantSpec,
+    method: SearchMethod,
+    head_moment: Tensor | None,
 ) -> SiteQParams:
     assert spec.embedding is not None  # embeddings are no sites otherwise
     weight = oriented(model, site.name, site.transposed)
-    qparams = search_embedding(weight, spec.embedding, head_moment)
-    minmax = minmax_weight(weight, by_name(MINMAX_FORMATS[spec.embedding.bits]))
+    qparams = method.search_lookup(weight, spec.embedding, head_moment)
+    minmax = minmax_embedding(weight, spec.embedding)
     error, base = (
         float((dequantized(weight, found) - weight).square().sum() / weight.square().sum())
         for found in (qparams, minmax)

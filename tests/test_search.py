@@ -70,8 +70,10 @@ def test_weight_search_is_no_worse_than_any_clipping_of_any_format():
 def test_search_is_invariant_to_the_scale_of_the_tensors(factor):
     x, weight = layer()
     spec = QuantSpec.preset("w4a4")
-    one = by_method("fpq")(GroupProblem({"w": weight}, observe([x]), spec))["w"]
-    two = by_method("fpq")(GroupProblem({"w": weight * factor}, observe([x * factor]), spec))["w"]
+    one = by_method("fpq").search_group(GroupProblem({"w": weight}, observe([x]), spec))["w"]
+    two = by_method("fpq").search_group(
+        GroupProblem({"w": weight * factor}, observe([x * factor]), spec)
+    )["w"]
     assert one.weight.format == two.weight.format
     assert one.activation.format == two.activation.format
     torch.testing.assert_close(two.weight.scale, one.weight.scale * factor)
@@ -85,7 +87,7 @@ def test_no_method_is_worse_than_minmax(method, preset, granularity):
     spec = QuantSpec.preset(preset)
     if spec.activation is not None and granularity == "token":
         spec = spec.per_token()
-    decision = by_method(method)(problem(spec))["w"]
+    decision = by_method(method).search_group(problem(spec))["w"]
     assert decision.error <= decision.minmax_error * (1 + 1e-6)
     assert by_name(decision.weight.format).bits == spec.weight.bits
     assert (decision.activation is None) == (spec.activation is None)
@@ -99,8 +101,8 @@ def test_no_method_is_worse_than_minmax(method, preset, granularity):
 
 def test_shifts_pay_where_channels_differ():
     spec = QuantSpec.preset("w4a4")
-    with_shifts = by_method("fpq")(problem(spec))["w"]
-    without = by_method("fpq_baseline")(problem(spec))["w"]
+    with_shifts = by_method("fpq").search_group(problem(spec))["w"]
+    without = by_method("fpq_baseline").search_group(problem(spec))["w"]
     assert without.activation.exponent_shift is None
     assert with_shifts.error < 0.8 * without.error
 
@@ -109,7 +111,7 @@ def test_a_decided_weight_stays():
     x, weight = layer()
     fixed = minmax_weight(weight, by_name("e1m2"))
     start = GroupProblem({"w": weight}, observe([x]), QuantSpec.preset("w4a4"))
-    decision = by_method("fpq")(replace(start, decided={"w": fixed}))["w"]
+    decision = by_method("fpq").search_group(replace(start, decided={"w": fixed}))["w"]
     assert decision.weight is fixed
 
 
@@ -117,13 +119,13 @@ def test_zero_rows_and_zero_activations_are_fine():
     x, weight = layer()
     weight[3] = 0
     x[:, 5] = 0
-    decision = by_method("fpq")(
+    decision = by_method("fpq").search_group(
         GroupProblem({"w": weight}, observe([x]), QuantSpec.preset("w4a4"))
     )["w"]
     assert bool(decision.weight.scale.isfinite().all())
     assert bool((dequantized(weight, decision.weight)[3] == 0).all())
     nothing = GroupProblem({"w": weight}, observe([torch.zeros(600, 32)]), QuantSpec.preset("w4a4"))
-    assert by_method("fpq")(nothing)["w"].activation.scale.isfinite()
+    assert by_method("fpq").search_group(nothing)["w"].activation.scale.isfinite()
 
 
 def test_a_tied_embedding_weighs_its_head():
@@ -168,7 +170,7 @@ REFERENCE = {"w4a4": 0.016971, "w6a6": 0.001655, "w8a8": 0.000166}
 def test_output_error_is_at_most_the_papers_code(preset, reference_layer):
     x, weight, bias = reference_layer
     start = GroupProblem({"w": weight}, observe([x]), QuantSpec.preset(preset))
-    decision = by_method("fpq")(start)["w"]
+    decision = by_method("fpq").search_group(start)["w"]
     y = x @ weight.t() + bias
     y_hat = (
         apply_activation(x, decision.activation) @ dequantized(weight, decision.weight).t() + bias

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp4compile.formats import by_name
 from fp4compile.qparams import TensorSpec, WeightQParams
-from fp4compile.search.weight import OutputError, search_weight
+from fp4compile.search.weight import MINMAX_FORMATS, OutputError, minmax_weight, search_weight
 
 
 def search_embedding(
@@ -25,3 +26,10 @@ def search_embedding(
         power = (weight @ head_moment * weight).sum() / weight.shape[0]
         objective = objective + head_moment / power.clamp_min(1e-30)
     return search_weight(weight, OutputError.of_inputs(objective), spec.candidates)
+
+
+def minmax_embedding(
+    weight: Tensor, spec: TensorSpec, head_moment: Tensor | None = None
+) -> WeightQParams:
+    """Scales that clip nothing, whatever reads the weight."""
+    return minmax_weight(weight, by_name(MINMAX_FORMATS[spec.bits]))

@@ -24,11 +24,9 @@ from fp4compile.search.activation import (
     search_activation,
 )
 from fp4compile.search.problem import GroupProblem
-from fp4compile.search.weight import OutputError, minmax_weight, search_weight
+from fp4compile.search.weight import MINMAX_FORMATS, OutputError, minmax_weight, search_weight
 
 ROUNDS = 3
-# The format of min-max per width: the OCP element types (MX specification, section 5.3).
-MINMAX_FORMATS = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
 # One token in so many is not searched on but decides whether the search beats min-max; with
 # fewer tokens than HELD_OUT_MINIMUM all are searched on, since so few would say too little.
 HELD_OUT_STRIDE = 8

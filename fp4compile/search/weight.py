@@ -13,6 +13,8 @@ from fp4compile.numerics import fake_quantize, scale_for_max
 from fp4compile.qparams import WeightQParams
 from fp4compile.search.grid import clip_factors
 
+# The format of min-max per width: the OCP element types (MX specification, section 5.3).
+MINMAX_FORMATS = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
 STEPS_PER_OCTAVE = 8
 OCTAVES_BELOW = 1.125
 # Candidates per row that get the exact objective, after ranking by its diagonal.
