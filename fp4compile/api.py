@@ -23,7 +23,7 @@ from fp4compile.qparams import QuantSpec
 from fp4compile.recipe import Recipe, as_recipe
 from fp4compile.report import Report, make_report
 from fp4compile.search import by_method
-from fp4compile.select import Selector, select, without_embeddings
+from fp4compile.selection import Selector, select, without_embeddings
 from fp4compile.tensor import FP4Tensor
 from fp4compile.trace import trace
 
