@@ -1,12 +1,22 @@
-"""Tiny models with random weights, made in a moment, shared by the tests."""
+"""What test files share: tiny models with random weights, and other libraries' formats."""
 
 from __future__ import annotations
 
+import ml_dtypes
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 VOCABULARY = 96
+
+# Formats that another library defines too, with its dtype.
+FOREIGN = {
+    "e2m1": ml_dtypes.float4_e2m1fn,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+}
 
 
 def tiny_llama(*, layers: int = 2, seed: int = 0) -> nn.Module:

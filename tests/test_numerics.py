@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import FOREIGN
 
 from fp4compile.formats import FORMATS, by_name
 from fp4compile.numerics import (
@@ -22,13 +22,6 @@ from fp4compile.numerics import (
 )
 
 ALL = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-FOREIGN = {
-    "e2m1": ml_dtypes.float4_e2m1fn,
-    "e2m3": ml_dtypes.float6_e2m3fn,
-    "e3m2": ml_dtypes.float6_e3m2fn,
-    "e4m3": ml_dtypes.float8_e4m3fn,
-    "e5m2": ml_dtypes.float8_e5m2,
-}
 
 
 def interesting_steps(fmt) -> torch.Tensor:
