@@ -8,16 +8,15 @@ a group may be calibrated on what the already quantized part of the network prod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fp4compile.batches import Batch
 from fp4compile.errors import CalibrationDataError, NonFiniteError
 from fp4compile.trace import Graph, Group
 
-Batch = tuple[tuple[Any, ...], dict[str, Any]]
 # For a group and its inputs (one tensor [tokens, K] per batch): what to compute instead of some
 # nodes from now on; empty to go on in full precision.
 OnGroup = Callable[[Group, Sequence[Tensor]], Mapping[fx.Node, Callable[..., Tensor]]]

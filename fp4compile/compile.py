@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fp4compile.kernels import KernelChoice
 from fp4compile.report import Report
 
 logger = logging.getLogger(__name__)
@@ -50,27 +49,20 @@ def compile_model(model: nn.Module) -> nn.Module:
     ``generate`` calls the forward, so it is compiled too; transformers' own compilation of the
     decode step is switched off, since it would compile the compiled forward again.
     """
+    lowering = load_lowerings()
     report = getattr(model, "fp4_report", None)
     if isinstance(report, Report):
-        kernels = _kernels(model, report)
+        kernels = {
+            site.name: lowering.kernel_for(model.get_parameter(site.name), site.bias)
+            for site in report.sites
+            if site.bias is not None  # else the weight is only looked up
+        }
         model.fp4_report = replace(report, kernels=kernels)  # type: ignore[assignment]
         counts = Counter(choice.target for choice in kernels.values())
         logger.info("kernels: %s", ", ".join(f"{n} x {target}" for target, n in counts.items()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    load_lowerings()
     model.compile(backend=fp4compile_backend, dynamic=True)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True
     return model
-
-
-def _kernels(model: nn.Module, report: Report) -> dict[str, KernelChoice]:
-    """The kernel of every site that is multiplied with."""
-    lowering = load_lowerings()
-    kernels = {}
-    for site in report.sites:
-        weight = model.get_parameter(site.name)
-        if site.bias is not None:
-            kernels[site.name] = lowering.kernel_for(weight, site.bias)
-    return kernels

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 import fp4compile
+from fp4compile.batches import bundled
 from fp4compile.demo_model import MODEL_NAME, load_demo_model
 from fp4compile.evaluate import (
     GenerationSpeed,
@@ -127,9 +127,10 @@ def _measure(
 
 
 def _heldout_ids(tokenizer: Any) -> Tensor:
-    text = files("fp4compile").joinpath("data", "heldout.txt").read_text(encoding="utf-8")
     # Not verbose: the text is longer than the context, but it is cut into windows.
-    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
+    encoded = tokenizer(
+        bundled("heldout.txt"), add_special_tokens=False, return_tensors="pt", verbose=False
+    )
     return encoded.input_ids
 
 
