@@ -134,6 +134,18 @@ def by_name(name: str) -> FloatFormat:
         ) from None
 
 
+def alternatives(names: str) -> tuple[FloatFormat, ...]:
+    """One format, or the two of ``"e2m1|e1m2"`` between which every block chooses.
+
+    Raises:
+        UnknownFormatError: a name is unknown, or there are more than two.
+    """
+    found = tuple(by_name(name) for name in names.split("|"))
+    if len(found) > 2:
+        raise UnknownFormatError(f"{names!r} names {len(found)} formats; a block chooses among two")
+    return found
+
+
 def of_width(bits: int) -> tuple[FloatFormat, ...]:
     """All formats of ``bits`` bits, in table order.
 

@@ -87,6 +87,23 @@ def fake_quantize(x: Tensor, fmt: FloatFormat, scale: Tensor) -> Tensor:
     return round_steps(x.to(torch.float32) * scale.reciprocal(), fmt) * scale
 
 
+def hadamard(x: Tensor, size: int) -> Tensor:
+    """Multiply every ``size`` neighbours of the last dimension by the orthonormal Hadamard matrix
+    of that size (a power of two dividing the dimension); its own inverse. float32.
+
+    Butterflies from the widest to the narrowest, then one multiplication: kernels that do the same
+    get the same bits.
+    """
+    y = x.to(torch.float32).unflatten(-1, (-1, size))
+    half = size // 2
+    while half:
+        pair = y.unflatten(-1, (-1, 2, half))
+        left, right = pair.unbind(-2)
+        y = torch.stack((left + right, left - right), dim=-2).flatten(-3)
+        half //= 2
+    return (y * size**-0.5).flatten(-2)
+
+
 def scale_for_max(maximum: Tensor, fmt: FloatFormat) -> Tensor:
     """Scale that maps ``maximum`` to the largest magnitude; 1 where the maximum is 0."""
     scale = maximum.to(torch.float32) / fmt.max_integer

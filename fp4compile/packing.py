@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fp4compile.formats import FloatFormat
+from fp4compile.blocks import block_scales, in_second_format, per_channel
+from fp4compile.formats import FloatFormat, alternatives
 from fp4compile.numerics import decode, value_table
 
 
@@ -65,3 +66,20 @@ def unpack_values(packed: Tensor, fmt: FloatFormat, length: int) -> Tensor:
         pairs = _pair_table(fmt, packed.device).index_select(0, packed.flatten().to(torch.int32))
         return pairs.view(*packed.shape[:-1], -1)[..., :length]
     return decode(unpack(packed, fmt.bits, length), fmt)
+
+
+def unpack_blocks(
+    packed: Tensor,
+    scale_codes: Tensor,
+    outer: Tensor,
+    format: str,
+    block_size: int,
+    length: int,
+) -> Tensor:
+    """float32 weight ``[..., length]`` of packed codes with block scales (``blocks.py``)."""
+    first, *second = alternatives(format)
+    values = unpack_values(packed, first, length)
+    if second:
+        flag = per_channel(in_second_format(scale_codes), block_size, length)
+        values = torch.where(flag, unpack_values(packed, second[0], length), values)
+    return values * per_channel(block_scales(scale_codes, outer), block_size, length)

@@ -15,10 +15,10 @@ from fp4compile.observers import observe
 from fp4compile.passes.plan import oriented
 from fp4compile.passes.swap_weights import fp4_weight
 from fp4compile.qparams import QuantSpec, SiteQParams
-from fp4compile.search import GroupProblem, SearchMethod
-from fp4compile.search.embedding import minmax_embedding
-from fp4compile.search.fpq import dequantized
+from fp4compile.search import GroupProblem, SearchMethod, SearchOptions
+from fp4compile.search.candidates import minmax_weight
 from fp4compile.trace import LINEAR_OPS, Graph, Group, Site
+from fp4compile.weights import dequantized
 
 Replacements = dict[fx.Node, Callable[..., Tensor]]
 
@@ -30,6 +30,7 @@ def decide(
     spec: QuantSpec,
     method: SearchMethod,
     *,
+    options: SearchOptions | None = None,
     sequential: bool = False,
     progress: bool = True,
 ) -> dict[str, SiteQParams]:
@@ -38,22 +39,21 @@ def decide(
     With ``sequential`` a decided group computes with its decision from then on, so later groups
     are calibrated on what the quantized network produces.
     """
-    decided = _decide_lookups_first(model, graph, batches, spec, method) if sequential else {}
+    options = options or SearchOptions()
+    decided: dict[str, SiteQParams] = {}
+    if sequential:
+        decided = _decide_lookups_first(model, graph, batches, spec, method, options)
     bar = tqdm(total=len(graph.groups), desc="calibrate", unit="group", disable=not progress)
 
     def on_group(group: Group, inputs: Sequence[Tensor]) -> Replacements:
         bar.set_postfix_str(group.sites[0].name)
-        statistics = observe(inputs)
-        for site in group.sites:
-            if site.lookups and site.name not in decided:
-                decided[site.name] = _decide_lookup(
-                    model, site, spec, method, statistics.second_moment
-                )
         problem = GroupProblem(
             {site.name: oriented(model, site.name, site.transposed) for site in group.sites},
-            statistics,
+            observe(inputs),
             spec,
-            {site.name: decided[site.name].weight for site in group.sites if site.lookups},
+            frozenset(site.name for site in group.sites if site.lookups),
+            {site.name: decided[site.name].weight for site in group.sites if site.name in decided},
+            options,
         )
         decided.update(method.search_group(problem))
         bar.update()
@@ -65,7 +65,7 @@ def decide(
         run_calibration(graph, batches, on_group, at_start)
     for site in lookups:
         if site.name not in decided:
-            decided[site.name] = _decide_lookup(model, site, spec, method, None)
+            decided[site.name] = _decide_lookup(model, site, spec, method, options, None)
     return decided
 
 
@@ -75,6 +75,7 @@ def _decide_lookups_first(
     batches: Sequence[Batch],
     spec: QuantSpec,
     method: SearchMethod,
+    options: SearchOptions,
 ) -> dict[str, SiteQParams]:
     """Embeddings, before any group runs on their quantized rows. One that is tied to a head also
     weighs the head's error, for which the full-precision model is run once.
@@ -91,7 +92,7 @@ def _decide_lookups_first(
     if any(site.linears for site in lookups):
         run_calibration(graph, batches, observe_heads)
     return {
-        site.name: _decide_lookup(model, site, spec, method, moments.get(site.name))
+        site.name: _decide_lookup(model, site, spec, method, options, moments.get(site.name))
         for site in lookups
     }
 
@@ -101,12 +102,13 @@ def _decide_lookup(
     site: Site,
     spec: QuantSpec,
     method: SearchMethod,
+    options: SearchOptions,
     head_moment: Tensor | None,
 ) -> SiteQParams:
     assert spec.embedding is not None  # embeddings are no sites otherwise
     weight = oriented(model, site.name, site.transposed)
-    qparams = method.search_lookup(weight, spec.embedding, head_moment)
-    minmax = minmax_embedding(weight, spec.embedding)
+    qparams = method.search_lookup(weight, spec.embedding, head_moment, options)
+    minmax = minmax_weight(weight, spec.embedding)
     error, base = (
         float((dequantized(weight, found) - weight).square().sum() / weight.square().sum())
         for found in (qparams, minmax)

@@ -4,6 +4,10 @@ THE dequantization equation, for an activation ``x`` ``[M, K]`` and a weight ``w
 
     x[m, k] ~ activation.scale[m] * 2^exponent_shift[k] * integer_value(code_x[m, k])
     w[n, k] ~ weight.scale[n] * integer_value(code_w[n, k])
+
+With ``shift_in_weight`` or a rotation ``H`` both are first transformed, which leaves ``x w^T`` as
+it is: ``x' = H (x * 2^-shift)`` and ``w' = H (w * 2^shift)``. With blocks the scales also depend
+on the block of k (``blocks.py``).
 """
 
 from __future__ import annotations
@@ -15,23 +19,32 @@ from torch import Tensor
 from fp4compile.errors import SpecError
 from fp4compile.formats import FloatFormat, by_name, of_width
 
-GRANULARITIES = ("channel", "tensor", "token")
+GRANULARITIES = ("channel", "tensor", "token", "block")
+BLOCK_SIZES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """How one tensor may be quantized: the width, the formats to choose from (all of the width
     when empty), what shares one scale, and whether channels get integer exponent shifts.
+
+    ``block_size`` neighbours along K share an E4M3 scale if the granularity is ``"block"``;
+    ``formats`` then names one format, or two between which every block chooses.
     """
 
     bits: int
     formats: tuple[str, ...] = ()
     granularity: str = "channel"
     exponent_shift: bool = False
+    block_size: int = 0
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
             raise SpecError(f"granularity {self.granularity!r} is not one of {GRANULARITIES}")
+        if self.granularity == "block":
+            self._check_block()
+        elif self.block_size:
+            raise SpecError(f"block_size={self.block_size} needs granularity='block'")
         wrong = [name for name in self.formats if by_name(name).bits != self.bits]
         if wrong:
             raise SpecError(
@@ -39,6 +52,15 @@ class TensorSpec:
                 "to let the search choose among all of the width"
             )
         of_width(self.bits)
+
+    def _check_block(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise SpecError(f"block_size {self.block_size} is not one of {BLOCK_SIZES}")
+        if not 1 <= len(self.formats) <= 2:
+            raise SpecError(
+                f"block scales need one format, or two to choose from per block, got "
+                f"{self.formats}; give formats=('e2m1', 'e1m2')"
+            )
 
     @property
     def candidates(self) -> tuple[FloatFormat, ...]:
@@ -59,15 +81,28 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.activation is not None and self.activation.granularity == "channel":
             raise SpecError(
-                "an activation has one scale per tensor or per token; give its TensorSpec "
-                "granularity='tensor' (static) or 'token' (dynamic)"
+                "an activation has one scale per tensor, token or block; give its TensorSpec "
+                "granularity='tensor' (static), 'token' or 'block' (dynamic)"
             )
         for spec in (self.weight, self.embedding):
-            if spec is not None and (spec.granularity != "channel" or spec.exponent_shift):
+            if spec is not None and (
+                spec.granularity not in ("channel", "block") or spec.exponent_shift
+            ):
                 raise SpecError(
-                    "weights and embeddings have one scale per output channel and no exponent "
-                    f"shifts of their own, got {spec}; leave granularity and exponent_shift out"
+                    "weights and embeddings have one scale per output channel or per block and "
+                    f"no exponent shifts of their own, got {spec}; leave granularity and "
+                    "exponent_shift out"
                 )
+        blocks = {s.block_size for s in (self.weight, self.activation) if s and s.block_size}
+        if len(blocks) > 1 or (
+            self.activation is not None
+            and self.activation.granularity == "block"
+            and self.weight.granularity != "block"
+        ):
+            raise SpecError(
+                "an activation with block scales needs a weight with blocks of the same size, "
+                f"got {self.weight} and {self.activation}"
+            )
 
     @classmethod
     def preset(cls, name: str) -> QuantSpec:
@@ -106,8 +141,9 @@ PRESETS = tuple(_PRESET_BITS)
 class Statistics:
     """What calibration saw of one activation ``x`` of K channels.
 
-    ``absmax`` ``[K]``; ``second_moment`` ``[K, K]`` = mean of ``x x^T`` over ``tokens`` tokens;
-    ``sample`` ``[T, K]``, a uniform sample of them. All float32.
+    ``absmax`` ``[K]``; ``second_moment`` ``[K, K]`` = mean of ``x x^T`` over ``tokens`` tokens
+    (``[0, 0]`` where nothing asked for it); ``sample`` ``[T, K]``, a uniform sample of them. All
+    float32.
     """
 
     absmax: Tensor
@@ -118,17 +154,27 @@ class Statistics:
 
 @dataclass(frozen=True)
 class WeightQParams:
-    """Format name and float32 scale ``[N]`` of a weight ``[N, K]``."""
+    """Format name and float32 scale ``[N]`` of a weight ``[N, K]``; with block scales two names
+    joined by ``|`` perhaps, the outer scale ``[1]`` and the codes ``block_scale`` uint8
+    ``[N, blocks]``.
+
+    ``packed`` uint8 ``[N, packed_size(K)]``: the codes, where they are not those of rounding to
+    nearest.
+    """
 
     format: str
     scale: Tensor
+    block_scale: Tensor | None = None
+    block_size: int = 0
+    packed: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ActivationQParams:
     """Format name, granularity, and the float32 0-d ``scale`` that
-    ``fp4::quantize_activation`` takes (static scale, or clip ratio per token); int8
-    ``exponent_shift`` ``[K]`` or None; whether 2^-shift is folded into the producer.
+    ``fp4::quantize_activation`` takes (static scale, clip ratio per token, or outer scale of
+    blocks); int8 ``exponent_shift`` ``[K]`` or None; whether 2^-shift is folded into the producer
+    and whether 2^shift is in the weight; size of the Hadamard rotation; block size and clip.
     """
 
     format: str
@@ -136,6 +182,10 @@ class ActivationQParams:
     scale: Tensor
     exponent_shift: Tensor | None = None
     shift_folded: bool = False
+    shift_in_weight: bool = False
+    rotation: int = 1
+    block_size: int = 0
+    block_clip: float = 1.0
 
 
 @dataclass(frozen=True)

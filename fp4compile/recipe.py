@@ -1,21 +1,29 @@
-"""A recipe: the decisions of a run as readable JSON, to repeat it without calibrating."""
+"""A recipe: the decisions of a run as readable JSON, to repeat it without calibrating.
+
+Codes of compensated rounding and block scales, a byte or less per weight, lie beside it in
+``<name>.safetensors``.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fp4compile.errors import RecipeError
 from fp4compile.qparams import ActivationQParams, SiteQParams, WeightQParams
 from fp4compile.trace import Graph
 
-VERSION = 1
+VERSION = 2
+# Parts of a weight's qparams that are too large for JSON.
+CODES = ("packed", "block_scale")
 
 
 @dataclass(frozen=True)
@@ -25,9 +33,18 @@ class Recipe:
     sites: Mapping[str, SiteQParams]
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe as JSON."""
+        """Write the recipe as JSON, and its codes beside it."""
         sites = {name: _site_to_json(site) for name, site in self.sites.items()}
-        Path(path).write_text(json.dumps({"version": VERSION, "sites": sites}, indent=1))
+        codes = {
+            f"{name}.{part}": tensor.contiguous()
+            for name, site in self.sites.items()
+            for part in CODES
+            if (tensor := getattr(site.weight, part)) is not None
+        }
+        if codes:
+            save_file(codes, _codes_path(path))
+        content = {"version": VERSION, "codes": bool(codes), "sites": sites}
+        Path(path).write_text(json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -43,10 +60,15 @@ class Recipe:
                     f"{path} is a recipe of version {content['version']}, this fp4compile reads "
                     f"version {VERSION}; make it again"
                 )
-            return cls({name: _site_from_json(site) for name, site in content["sites"].items()})
+            codes = load_file(_codes_path(path)) if content["codes"] else {}
+            sites = {
+                name: _site_from_json(site, {part: codes.get(f"{name}.{part}") for part in CODES})
+                for name, site in content["sites"].items()
+            }
+            return cls(sites)
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise RecipeError(f"{path} is not a recipe: {type(error).__name__} {error}") from error
 
     def decisions(self, graph: Graph) -> dict[str, SiteQParams]:
@@ -62,7 +84,18 @@ class Recipe:
                 f"the recipe has {len(unknown)} sites that the model does not have, the first is "
                 f"{unknown[0]}; it belongs to another model"
             )
-        return {site.name: self.sites[site.name] for site in graph.sites if site.name in self.sites}
+        return {
+            site.name: _unfolded(self.sites[site.name])
+            for site in graph.sites
+            if site.name in self.sites
+        }
+
+
+def _unfolded(site: SiteQParams) -> SiteQParams:
+    """Which shifts a producer absorbs is decided by the passes, for every model anew."""
+    if site.activation is None:
+        return site
+    return replace(site, activation=replace(site.activation, shift_folded=False))
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -70,41 +103,47 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
 
 
+def _codes_path(path: str | Path) -> Path:
+    return Path(path).with_suffix(".safetensors")
+
+
 def _site_to_json(site: SiteQParams) -> dict[str, Any]:
-    activation = site.activation
+    activation, weight = site.activation, site.weight
     return {
-        "weight": {"format": site.weight.format, "scale": site.weight.scale.tolist()},
-        "activation": activation
-        and {
-            "format": activation.format,
-            "granularity": activation.granularity,
-            "scale": activation.scale.item(),
-            "exponent_shift": _to_list(activation.exponent_shift),
+        "weight": {
+            "format": weight.format,
+            "scale": weight.scale.tolist(),
+            "block_size": weight.block_size,
+            "rounding": "nearest" if weight.packed is None else "compensated",
         },
+        "activation": activation
+        and {name: _plain(value) for name, value in vars(activation).items()},
         "error": site.error,
         "minmax_error": site.minmax_error,
     }
 
 
-def _site_from_json(content: Mapping[str, Any]) -> SiteQParams:
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _site_from_json(content: Mapping[str, Any], codes: Mapping[str, Tensor | None]) -> SiteQParams:
     weight, activation = content["weight"], content["activation"]
+    if (weight["rounding"] == "compensated") != (codes["packed"] is not None):
+        raise KeyError("the codes of a weight are missing in the .safetensors file")
+    scale = torch.tensor(weight["scale"])
     return SiteQParams(
-        WeightQParams(weight["format"], torch.tensor(weight["scale"])),
-        activation
-        and ActivationQParams(
-            activation["format"],
-            activation["granularity"],
-            torch.tensor(activation["scale"]),
-            _to_shift(activation["exponent_shift"]),
-        ),
+        WeightQParams(weight["format"], scale, block_size=weight["block_size"], **codes),
+        activation and _activation_from_json(activation),
         content["error"],
         content["minmax_error"],
     )
 
 
-def _to_list(shift: Tensor | None) -> list[int] | None:
-    return None if shift is None else shift.tolist()
-
-
-def _to_shift(shift: list[int] | None) -> Tensor | None:
-    return None if shift is None else torch.tensor(shift, dtype=torch.int8)
+def _activation_from_json(content: Mapping[str, Any]) -> ActivationQParams:
+    shift = content["exponent_shift"]
+    tensors = {
+        "scale": torch.tensor(content["scale"]),
+        "exponent_shift": None if shift is None else torch.tensor(shift, dtype=torch.int8),
+    }
+    return ActivationQParams(**{**content, **tensors})

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from fp4compile import ops
 from fp4compile.errors import UnsupportedOperationError
 from fp4compile.formats import by_name
-from fp4compile.packing import unpack_values
+from fp4compile.operand import original_weight
+from fp4compile.packing import unpack_blocks, unpack_values
 
 aten = torch.ops.aten
 
@@ -26,8 +27,9 @@ aten = torch.ops.aten
 class FP4Tensor(torch.Tensor):
     """Packed codes of a weight ``[N, K]`` with all that a call needs to use them.
 
-    ``packed_weight`` uint8 ``[N, packed_size(K)]``; ``weight_scale`` float32 ``[N]``.
-    ``activation_scale`` float32 0-d and ``exponent_shift`` int8 ``[K]`` are those of
+    ``packed_weight`` uint8 ``[N, packed_size(K)]``; ``weight_scale`` and ``block_scale`` as
+    ``fp4::linear`` takes them. ``activation_scale`` float32 0-d, ``exponent_shift`` int8 ``[K]``
+    and the attributes from ``granularity`` to ``block_clip`` are those of
     ``fp4::quantize_activation``; ``activation_format`` None means weight-only. The logical shape
     is ``[N, K]``, or ``[K, N]`` when ``transposed`` (weights of addmm and matmul); ``dtype`` is
     the one the parameter had.
@@ -37,19 +39,34 @@ class FP4Tensor(torch.Tensor):
     weight_scale: Tensor
     activation_scale: Tensor | None
     exponent_shift: Tensor | None
+    block_scale: Tensor | None
     weight_format: str
     activation_format: str | None
     granularity: str
     shift_folded: bool
+    shift_in_weight: bool
+    rotation: int
+    block_size: int
+    block_clip: float
     reduction: int
     transposed: bool
 
-    TENSORS = ("packed_weight", "weight_scale", "activation_scale", "exponent_shift")
+    TENSORS = (
+        "packed_weight",
+        "weight_scale",
+        "activation_scale",
+        "exponent_shift",
+        "block_scale",
+    )
     ATTRIBUTES = (
         "weight_format",
         "activation_format",
         "granularity",
         "shift_folded",
+        "shift_in_weight",
+        "rotation",
+        "block_size",
+        "block_clip",
         "reduction",
         "transposed",
     )
@@ -61,11 +78,16 @@ class FP4Tensor(torch.Tensor):
         weight_scale: Tensor,
         activation_scale: Tensor | None = None,
         exponent_shift: Tensor | None = None,
+        block_scale: Tensor | None = None,
         *,
         weight_format: str,
         activation_format: str | None = None,
         granularity: str = "tensor",
         shift_folded: bool = False,
+        shift_in_weight: bool = False,
+        rotation: int = 1,
+        block_size: int = 0,
+        block_clip: float = 1.0,
         reduction: int,
         transposed: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -82,11 +104,16 @@ class FP4Tensor(torch.Tensor):
         weight_scale: Tensor,
         activation_scale: Tensor | None = None,
         exponent_shift: Tensor | None = None,
+        block_scale: Tensor | None = None,
         *,
         weight_format: str,
         activation_format: str | None = None,
         granularity: str = "tensor",
         shift_folded: bool = False,
+        shift_in_weight: bool = False,
+        rotation: int = 1,
+        block_size: int = 0,
+        block_clip: float = 1.0,
         reduction: int,
         transposed: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -95,10 +122,15 @@ class FP4Tensor(torch.Tensor):
         self.weight_scale = weight_scale
         self.activation_scale = activation_scale
         self.exponent_shift = exponent_shift
+        self.block_scale = block_scale
         self.weight_format = weight_format
         self.activation_format = activation_format
         self.granularity = granularity
         self.shift_folded = shift_folded
+        self.shift_in_weight = shift_in_weight
+        self.rotation = rotation
+        self.block_size = block_size
+        self.block_clip = block_clip
         self.reduction = reduction
         self.transposed = transposed
 
@@ -140,8 +172,19 @@ class FP4Tensor(torch.Tensor):
 
     def dequantize(self) -> Tensor:
         """The weight that the codes mean, float32, in the logical shape."""
-        values = unpack_values(self.packed_weight, by_name(self.weight_format), self.reduction)
-        weight = values * self.weight_scale.unsqueeze(-1)
+        if self.block_scale is None:
+            values = unpack_values(self.packed_weight, by_name(self.weight_format), self.reduction)
+            weight = values * self.weight_scale.unsqueeze(-1)
+        else:
+            weight = unpack_blocks(
+                self.packed_weight,
+                self.block_scale,
+                self.weight_scale,
+                self.weight_format,
+                self.block_size,
+                self.reduction,
+            )
+        weight = original_weight(weight, self.exponent_shift, self.shift_in_weight, self.rotation)
         return weight.t() if self.transposed else weight
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -156,6 +199,10 @@ class FP4Tensor(torch.Tensor):
                 self.activation_format,
                 self.granularity,
                 self.shift_folded,
+                self.shift_in_weight,
+                self.rotation,
+                self.block_size,
+                self.block_clip,
             )
         return ops.linear(
             operand,
@@ -165,6 +212,8 @@ class FP4Tensor(torch.Tensor):
             bias,
             self.weight_format,
             x.dtype,
+            self.block_scale,
+            self.block_size,
         )
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -176,6 +225,10 @@ class FP4Tensor(torch.Tensor):
             self.weight_format,
             self.reduction,
             self.dtype,
+            self.block_scale,
+            self.block_size,
+            self.exponent_shift if self.shift_in_weight else None,
+            self.rotation,
         )
 
     @classmethod

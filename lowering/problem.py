@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fp4compile.formats import FloatFormat, by_name
+from fp4compile.formats import FloatFormat, alternatives
 
 INT8, FLOAT = "int8", "float"
 
@@ -19,15 +19,16 @@ class GemmProblem:
     K: int
     weight_format: str
     operand_dtype: torch.dtype
-    operand_scale: str | None  # "tensor" (0-d), "token" ([M, 1]) or None
-    block_scales: bool
+    operand_scale: str | None  # "tensor" (0-d), "token" ([M, 1]), "block" ([M, blocks]) or None
+    block_size: int  # of the weight's block scales; 0 without
     bias: bool
     out_dtype: torch.dtype
     device: str = "cpu"
 
     @property
     def format(self) -> FloatFormat:
-        return by_name(self.weight_format)
+        """The weight's format; with blocks the first of its alternatives."""
+        return alternatives(self.weight_format)[0]
 
     @property
     def route(self) -> str:
@@ -42,8 +43,9 @@ class GemmProblem:
     def __str__(self) -> str:
         dtype = str(self.operand_dtype).removeprefix("torch.")
         scale = f" scale/{self.operand_scale}" if self.operand_scale else ""
+        blocks = f" blocks of {self.block_size}" if self.block_size else ""
         return (
-            f"linear N={self.N} K={self.K} {dtype}{scale} x {self.weight_format}"
+            f"linear N={self.N} K={self.K} {dtype}{scale} x {self.weight_format}{blocks}"
             f"{' + bias' if self.bias else ''} -> {str(self.out_dtype).removeprefix('torch.')}"
         )
 

@@ -89,7 +89,7 @@ def test_wrong_recipes_are_refused(tmp_path):
     path = tmp_path / "recipe.json"
     with pytest.raises(RecipeError, match="cannot read"):
         fp4compile.quantize(tiny_llama(), recipe=path)
-    path.write_text('{"version": 1}')
+    path.write_text('{"version": 2}')
     with pytest.raises(RecipeError, match="not a recipe"):
         fp4compile.quantize(tiny_llama(), recipe=path)
     path.write_text('{"version": 99, "sites": {}}')

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fp4compile.formats import by_name
-from fp4compile.packing import unpack_values
+from fp4compile.operand import original_weight
+from fp4compile.packing import unpack_blocks, unpack_values
 
 
 @torch.library.custom_op("fp4::embedding", mutates_args=())
@@ -17,15 +18,32 @@ def embedding(
     weight_format: str,
     embedding_dim: int,
     out_dtype: torch.dtype,
+    block_scale: Tensor | None = None,
+    block_size: int = 0,
+    exponent_shift: Tensor | None = None,
+    rotation: int = 1,
 ) -> Tensor:
     """Look up ``indices`` (int, any shape) in a packed ``[N, packed_size(K)]`` weight.
 
+    Args:
+        weight_scale, block_scale, block_size: as in ``fp4::linear``.
+        exponent_shift: int8 ``[K]`` that the weight holds for a tied head, or None.
+        rotation: size of the Hadamard rotation that the weight holds for a tied head.
+
     Returns:
         ``[*indices.shape, embedding_dim]`` in ``out_dtype``: integer values times the float32
-        ``weight_scale[N]`` of the row, rounded once to float32 and once to ``out_dtype``.
+        scale of the row or block, rounded once to float32; the transform for the head undone in
+        float32; rounded once to ``out_dtype``.
     """
-    rows = unpack_values(packed_weight[indices], by_name(weight_format), embedding_dim)
-    return (rows * weight_scale[indices].unsqueeze(-1)).to(out_dtype)
+    packed = packed_weight[indices]
+    if block_scale is None:
+        rows = unpack_values(packed, by_name(weight_format), embedding_dim)
+        rows = rows * weight_scale[indices].unsqueeze(-1)
+    else:
+        rows = unpack_blocks(
+            packed, block_scale[indices], weight_scale, weight_format, block_size, embedding_dim
+        )
+    return original_weight(rows, exponent_shift, True, rotation).to(out_dtype)
 
 
 @embedding.register_fake
@@ -36,5 +54,9 @@ def _(
     weight_format: str,
     embedding_dim: int,
     out_dtype: torch.dtype,
+    block_scale: Tensor | None = None,
+    block_size: int = 0,
+    exponent_shift: Tensor | None = None,
+    rotation: int = 1,
 ) -> Tensor:
     return packed_weight.new_empty((*indices.shape, embedding_dim), dtype=out_dtype)

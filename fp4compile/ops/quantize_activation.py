@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp4compile.blocks import block_count
 from fp4compile.errors import SpecError
-from fp4compile.formats import FloatFormat, by_name
-from fp4compile.numerics import power_of_two, round_steps, scale_for_max
+from fp4compile.formats import alternatives
+from fp4compile.numerics import power_of_two
+from fp4compile.operand import round_operand, transformed
 
-GRANULARITIES = ("tensor", "token")
+GRANULARITIES = ("tensor", "token", "block")
 
 
-def operand_dtype(fmt: FloatFormat) -> torch.dtype:
+def operand_dtype(format: str) -> torch.dtype:
     """int8 where all integer values fit (exact int32 sums), else bfloat16 (exact products)."""
-    return torch.int8 if fmt.fits_int8 else torch.bfloat16
+    fits = all(fmt.fits_int8 for fmt in alternatives(format))
+    return torch.int8 if fits else torch.bfloat16
 
 
 @torch.library.custom_op("fp4::quantize_activation", mutates_args=())
@@ -25,40 +28,43 @@ def quantize_activation(
     format: str,
     granularity: str,
     shift_folded: bool = False,
+    shift_in_weight: bool = False,
+    rotation: int = 1,
+    block_size: int = 0,
+    block_clip: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Quantize ``x`` so that ``x ~ operand * operand_scale``.
+    """Quantize ``x`` so that ``H_rotation(x * 2^-shift) ~ operand * operand_scale``.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16.
         scale: float32, 0-d. Granularity ``"tensor"``: the static scale. ``"token"``: the clip
             ratio; each token's clipping maximum is its absolute maximum times the ratio.
-        exponent_shift: int8 ``[K]`` in ``[0, max_shift]``, the per-channel exponent bias of
-            LLM-FP4 (section 3.3), or None.
-        format: a name in ``formats.FORMATS``.
-        granularity: ``"tensor"`` (static) or ``"token"`` (dynamic).
+            ``"block"``: the outer scale of the E4M3 block scales (``blocks.py``).
+        exponent_shift: int8 ``[K]``, the per-channel exponent bias of LLM-FP4 (section 3.3), or
+            None.
+        format: a name in ``formats.FORMATS``; for blocks also two, ``"e2m1|e1m2"``.
+        granularity: ``"tensor"`` (static), ``"token"`` or ``"block"`` (both dynamic).
         shift_folded: the producer of ``x`` already multiplied channel k by 2^-exponent_shift[k].
+        shift_in_weight: the weight holds ``2^shift``; else the operand is shifted back (then
+            shifts are in ``[0, max_shift]`` and there is no rotation).
+        rotation: size of the Hadamard matrix that multiplies neighbouring channels; 1 for none.
+        block_size: channels that share a block scale, a power of two.
+        block_clip: second maximum that a block may take, as a factor of its own; 1 for none.
 
     Returns:
-        ``operand`` ``[..., K]`` = ``integer_value(code) << exponent_shift``, int8 or bfloat16
-        (:func:`operand_dtype`), and ``operand_scale`` float32, 0-d or ``[..., 1]``.
+        ``operand`` ``[..., K]``: integer values (``<< exponent_shift``), int8 or bfloat16
+        (:func:`operand_dtype`); ``operand_scale`` float32: 0-d, ``[..., 1]`` or ``[..., blocks]``.
 
     Raises:
         UnknownFormatError, SpecError: no such format or granularity.
     """
-    fmt = by_name(format)
     if granularity not in GRANULARITIES:
         raise SpecError(f"activation granularity {granularity!r} is not one of {GRANULARITIES}")
-    values = x.to(torch.float32)
-    if exponent_shift is not None and not shift_folded:
-        values = values * power_of_two(-exponent_shift)
-    if granularity == "token":
-        operand_scale = scale_for_max(values.abs().amax(dim=-1, keepdim=True) * scale, fmt)
-    else:
-        operand_scale = scale.clone()
-    rounded = round_steps(values * operand_scale.reciprocal(), fmt)
-    if exponent_shift is not None:
-        rounded = rounded * power_of_two(exponent_shift)
-    return rounded.to(operand_dtype(fmt)), operand_scale
+    values = transformed(x, exponent_shift, rotation, shift_folded)
+    steps, operand_scale = round_operand(values, scale, format, granularity, block_size, block_clip)
+    if exponent_shift is not None and not shift_in_weight:
+        steps = steps * power_of_two(exponent_shift)
+    return steps.to(operand_dtype(format)), operand_scale
 
 
 @quantize_activation.register_fake
@@ -69,7 +75,17 @@ def _(
     format: str,
     granularity: str,
     shift_folded: bool = False,
+    shift_in_weight: bool = False,
+    rotation: int = 1,
+    block_size: int = 0,
+    block_clip: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    operand = torch.empty_like(x, dtype=operand_dtype(by_name(format)))
-    scale_shape = (*x.shape[:-1], 1) if granularity == "token" else ()
+    operand = torch.empty_like(
+        x, dtype=operand_dtype(format), memory_format=torch.contiguous_format
+    )
+    scale_shape: tuple[int | torch.SymInt, ...] = ()
+    if granularity == "token":
+        scale_shape = (*x.shape[:-1], 1)
+    elif granularity == "block":
+        scale_shape = (*x.shape[:-1], block_count(x.shape[-1], block_size))
     return operand, x.new_empty(scale_shape, dtype=torch.float32)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fp4compile.numerics import power_of_two
-from fp4compile.passes.plan import Rewrite
+from fp4compile.passes.plan import Rewrite, can_shift
 from fp4compile.trace import LINEAR_OPS, PASS_THROUGH, Group, Site, bias_node
 
 aten = torch.ops.aten
@@ -52,12 +52,14 @@ def _shift_of(rewrite: Rewrite, sites: Sequence[Site]) -> Tensor | None:
 
 
 def _fold(rewrite: Rewrite, group: Group, producer: _Producer, shift: Tensor) -> Rewrite | None:
-    """The rewrite with the fold, or None where a parameter's dtype would round."""
+    """The rewrite with the fold, or None where a parameter's dtype or a block scale would round."""
     parameters, row_shifts = dict(rewrite.parameters), dict(rewrite.row_shifts)
     names = producer.parameters
     if producer.site is not None:
         bias = _bias_of(rewrite, producer.site)
         names = (bias,) if bias else ()
+        if not can_shift(rewrite.qparams[producer.site.name].weight, shift):
+            return None
         row_shifts[producer.site.name] = shift
     for name in names:
         old = rewrite.model.get_parameter(name).detach()

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fp4compile.qparams import SiteQParams
+from fp4compile.blocks import block_scales, rescaled_blocks
+from fp4compile.numerics import power_of_two
+from fp4compile.qparams import SiteQParams, WeightQParams
 from fp4compile.trace import Graph
 
 
@@ -44,3 +46,21 @@ def oriented(model: nn.Module, name: str, transposed: bool) -> Tensor:
     """The parameter as float32 ``[N, K]``."""
     weight = model.get_parameter(name).detach().to(torch.float32)
     return weight.t().contiguous() if transposed else weight
+
+
+def shifted_scales(weight: WeightQParams, row_shift: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(scale, block scale codes) for outputs that are to be multiplied by 2^-row_shift ``[N]``."""
+    factor = power_of_two(-row_shift)
+    if weight.block_scale is None:
+        return weight.scale * factor, None
+    return weight.scale, rescaled_blocks(weight.block_scale, factor[:, None])
+
+
+def can_shift(weight: WeightQParams, row_shift: Tensor) -> bool:
+    """Whether :func:`shifted_scales` is exact: E4M3 block scales may leave their range."""
+    if weight.block_scale is None:
+        return True
+    _, codes = shifted_scales(weight, row_shift)
+    assert codes is not None
+    exact = block_scales(weight.block_scale, weight.scale) * power_of_two(-row_shift)[:, None]
+    return torch.equal(block_scales(codes, weight.scale), exact)

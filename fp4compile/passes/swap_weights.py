@@ -7,12 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fp4compile.formats import by_name
-from fp4compile.numerics import power_of_two, quantize
-from fp4compile.packing import pack
-from fp4compile.passes.plan import Rewrite, oriented
+from fp4compile.passes.plan import Rewrite, oriented, shifted_scales
 from fp4compile.qparams import SiteQParams
 from fp4compile.tensor import FP4Tensor
+from fp4compile.weights import for_activation, packed_codes
 
 
 def swap_weights(rewrite: Rewrite) -> Rewrite:
@@ -42,19 +40,24 @@ def fp4_weight(
     transposed: bool = False,
 ) -> FP4Tensor:
     """Pack ``weight`` float32 ``[N, K]`` by ``qparams``; ``transposed`` is its logical layout."""
-    fmt = by_name(qparams.weight.format)
-    scale = qparams.weight.scale
-    codes = quantize(weight, fmt, scale[:, None])
-    activation = qparams.activation
+    activation, decided = qparams.activation, qparams.weight
+    scale, block_scale = decided.scale, decided.block_scale
+    if row_shift is not None:
+        scale, block_scale = shifted_scales(decided, row_shift)
     return FP4Tensor(
-        pack(codes, fmt.bits),
-        scale if row_shift is None else scale * power_of_two(-row_shift),
+        packed_codes(for_activation(weight, activation), decided),
+        scale,
         None if activation is None else activation.scale,
         None if activation is None else activation.exponent_shift,
-        weight_format=fmt.name,
+        block_scale,
+        weight_format=decided.format,
         activation_format=None if activation is None else activation.format,
         granularity="tensor" if activation is None else activation.granularity,
         shift_folded=activation is not None and activation.shift_folded,
+        shift_in_weight=activation is not None and activation.shift_in_weight,
+        rotation=1 if activation is None else activation.rotation,
+        block_size=decided.block_size,
+        block_clip=1.0 if activation is None else activation.block_clip,
         reduction=weight.shape[1],
         transposed=transposed,
         dtype=dtype,

@@ -9,18 +9,18 @@ the channel maxima alone).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fp4compile.formats import FloatFormat, by_name
-from fp4compile.numerics import power_of_two, round_steps, scale_for_max
+from fp4compile.numerics import scale_for_max
 from fp4compile.qparams import ActivationQParams, TensorSpec
+from fp4compile.search.candidates import apply_activation
 from fp4compile.search.grid import clip_factors
-from fp4compile.search.sorted_errors import SortedChannels
+from fp4compile.search.tokens import Tokens
 
 # Shifts beyond 2^7 between channels of one tensor are not worth their table rows.
 LARGEST_SHIFT = 7
@@ -36,43 +36,15 @@ EXACT_TOKENS = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
-    """Calibration tokens ``x`` ``[T, K]`` and how much each counts, ``weight`` ``[T]``."""
-
-    x: Tensor
-    weight: Tensor
-    _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    @cached_property
-    def _by_channel(self) -> SortedChannels:
-        return SortedChannels.of(self.x, self.weight)
-
-    def error_table(self, maxima: Tensor, fmt: FloatFormat) -> Tensor:
-        """``[len(maxima), K]``: weighted mean squared error of every channel, computed once."""
-        key = (fmt.name, tuple(maxima.tolist()))
-        if key not in self._tables:
-            self._tables[key] = self._by_channel.errors(maxima, fmt)
-        return self._tables[key]
-
-    def thinned(self, size: int) -> Tokens:
-        """About ``size`` of them, evenly spaced."""
-        step = max(1, len(self.x) // size)
-        return Tokens(self.x[::step], self.weight[::step])
-
-    def scaled(self, x: Tensor) -> Tensor:
-        """``x`` with rows times the root of their weight, for sums of weighted squares."""
-        return x * self.weight.sqrt()[:, None]
-
-
-@dataclass(frozen=True, eq=False)
 class ActivationError:
     """Output error of a candidate ``x_hat`` for ``x``: ``|x_hat w_hat^T - x w^T|^2`` summed over
     weighted tokens. ``weight`` and ``quantized_weight`` ``[N, K]`` are those of the whole group,
-    each divided by the root of its output power.
+    each of its ``sites`` divided by the root of its mean output power.
     """
 
     weight: Tensor
     quantized_weight: Tensor
+    sites: int
 
     @cached_property
     def diagonal(self) -> Tensor:
@@ -85,7 +57,7 @@ class ActivationError:
         return transposed @ self.quantized_weight, transposed @ self.weight
 
     def exact_on(self, tokens: Tokens) -> Callable[[ActivationQParams], float]:
-        """The error of a candidate on ``tokens``, up to a constant that no candidate changes."""
+        """The error of a candidate on ``tokens``, relative to the output power of one site."""
         target = tokens.scaled(tokens.x)
         rows, channels = self.weight.shape
         if rows < channels:
@@ -93,7 +65,7 @@ class ActivationError:
 
             def of_outputs(candidate: ActivationQParams) -> float:
                 x_hat = tokens.scaled(apply_activation(tokens.x, candidate))
-                return float((x_hat @ self.quantized_weight.t() - y).square().sum())
+                return float((x_hat @ self.quantized_weight.t() - y).square().sum()) / len(y)
 
             return of_outputs
         gram, cross = self._grams
@@ -101,7 +73,7 @@ class ActivationError:
 
         def of_moments(candidate: ActivationQParams) -> float:
             x_hat = tokens.scaled(apply_activation(tokens.x, candidate))
-            return float(((x_hat @ gram - linear) * x_hat).sum())
+            return self.sites + float(((x_hat @ gram - linear) * x_hat).sum()) / len(x_hat)
 
         return of_moments
 
@@ -111,42 +83,23 @@ class ActivationError:
         return float(difference.square().sum(dim=0) @ self.diagonal)
 
 
-def apply_activation(x: Tensor, qparams: ActivationQParams) -> Tensor:
-    """Fake-quantize ``x`` ``[T, K]`` as ``fp4::quantize_activation`` does, float32."""
-    fmt = by_name(qparams.format)
-    shift = qparams.exponent_shift
-    values = x if shift is None else x * power_of_two(-shift)
-    scale = qparams.scale
-    if qparams.granularity == "token":
-        scale = scale_for_max(values.abs().amax(dim=-1, keepdim=True) * scale, fmt)
-    rounded = round_steps(values * scale.reciprocal(), fmt) * scale
-    return rounded if shift is None else rounded * power_of_two(shift)
-
-
-def minmax_activation(absmax: Tensor, fmt: FloatFormat, granularity: str) -> ActivationQParams:
-    """No shift, nothing clipped."""
-    static = scale_for_max(absmax.amax(), fmt)
-    scale = torch.ones(()) if granularity == "token" else static
-    return ActivationQParams(fmt.name, granularity, scale)
-
-
 def search_activation(
-    tokens: Tokens, objective: ActivationError, spec: TensorSpec
+    tokens: Tokens, objective: ActivationError, spec: TensorSpec, format_margin: float
 ) -> ActivationQParams:
-    """The candidate with the least output error on ``tokens``."""
-    scored = [
-        pair for fmt in spec.candidates for pair in _static_candidates(tokens, objective, fmt, spec)
-    ]
+    """The candidate with the least output error on ``tokens``; one of the int8 route if its error
+    is at most ``1 + format_margin`` times that.
+    """
+    scored = _static_candidates(tokens, objective, spec)
     if spec.granularity == "token":
         few = tokens.thinned(RANKING_TOKENS)
         candidates = _per_token([candidate for _, candidate in scored])
         scored = [(objective.ranking(candidate, few), candidate) for candidate in candidates]
     scored.sort(key=lambda pair: pair[0])
     exact = objective.exact_on(tokens.thinned(EXACT_TOKENS))
-    best = min(
-        ((exact(candidate), candidate) for _, candidate in scored[:EXACT_CANDIDATES]),
-        key=lambda pair: pair[0],
-    )
+    shortlist = scored[:EXACT_CANDIDATES]
+    if not any(_on_int8_route(candidate) for _, candidate in shortlist):
+        shortlist += [pair for pair in scored if _on_int8_route(pair[1])][:1]
+    best = _preferred([(exact(candidate), candidate) for _, candidate in shortlist], format_margin)
     for step in REFINEMENTS:
         for exponent in (step, -step):
             moved = replace(best[1], scale=best[1].scale * 2.0**exponent)
@@ -154,23 +107,60 @@ def search_activation(
     return best[1]
 
 
+def _on_int8_route(candidate: ActivationQParams) -> bool:
+    return by_name(candidate.format).fits_int8
+
+
+def _preferred(
+    scored: Sequence[tuple[float, ActivationQParams]], margin: float
+) -> tuple[float, ActivationQParams]:
+    best = min(scored, key=lambda pair: pair[0])
+    fast = [pair for pair in scored if _on_int8_route(pair[1])]
+    if not fast:
+        return best
+    best_fast = min(fast, key=lambda pair: pair[0])
+    return best_fast if best_fast[0] <= (1 + margin) * best[0] else best
+
+
 def _static_candidates(
-    tokens: Tokens, objective: ActivationError, fmt: FloatFormat, spec: TensorSpec
-) -> Sequence[tuple[float, ActivationQParams]]:
-    """The best tensor-wise maxima of one format, each with its best shifts and their error."""
-    largest = min(fmt.max_shift, LARGEST_SHIFT) if spec.exponent_shift else 0
+    tokens: Tokens, objective: ActivationError, spec: TensorSpec
+) -> list[tuple[float, ActivationQParams]]:
+    """The best tensor-wise maxima of every format, each with its best shifts and their error."""
+    formats = spec.candidates
+    largest = {fmt.name: _largest_shift(fmt, spec) for fmt in formats}
     steps = STEPS_PER_OCTAVE[spec.bits]
-    maxima = tokens.x.abs().amax() * clip_factors(steps, OCTAVES_BELOW + largest)
-    table = tokens.error_table(maxima, fmt)
-    found = []
-    for position, maximum in enumerate(maxima):
-        rows = [position - steps * t for t in range(largest + 1) if position >= steps * t]
-        errors, shift = table[rows].min(dim=0)
-        kept_shift = shift.to(torch.int8) if bool(shift.any()) else None
-        candidate = ActivationQParams(fmt.name, "tensor", scale_for_max(maximum, fmt), kept_shift)
-        found.append((float(errors @ objective.diagonal), candidate))
-    found.sort(key=lambda pair: pair[0])
-    return found[:EXACT_CANDIDATES]
+    factors = clip_factors(steps, OCTAVES_BELOW + max(largest.values()))
+    maxima = tokens.x.abs().amax() * factors
+    kept = []
+    for fmt, table in zip(formats, tokens.error_tables(maxima, formats), strict=True):
+        found = [
+            _best_shifts(table, objective, fmt, position, steps, largest[fmt.name], maximum)
+            for position, maximum in enumerate(maxima)
+        ]
+        found.sort(key=lambda pair: pair[0])
+        kept += found[:EXACT_CANDIDATES]
+    return kept
+
+
+def _largest_shift(fmt: FloatFormat, spec: TensorSpec) -> int:
+    return min(fmt.max_shift, LARGEST_SHIFT) if spec.exponent_shift else 0
+
+
+def _best_shifts(
+    table: Tensor,
+    objective: ActivationError,
+    fmt: FloatFormat,
+    position: int,
+    steps: int,
+    largest: int,
+    maximum: Tensor,
+) -> tuple[float, ActivationQParams]:
+    """(error, candidate) of the tensor-wise ``maximum`` at ``position`` of the table."""
+    rows = [position - steps * t for t in range(largest + 1) if position >= steps * t]
+    errors, shift = table[rows].min(dim=0)
+    kept_shift = shift.to(torch.int8) if bool(shift.any()) else None
+    candidate = ActivationQParams(fmt.name, "tensor", scale_for_max(maximum, fmt), kept_shift)
+    return float(errors @ objective.diagonal), candidate
 
 
 def _per_token(static: Sequence[ActivationQParams]) -> list[ActivationQParams]:

@@ -5,13 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp4compile.formats import by_name
 from fp4compile.qparams import TensorSpec, WeightQParams
-from fp4compile.search.weight import MINMAX_FORMATS, OutputError, minmax_weight, search_weight
+from fp4compile.search.candidates import minmax_weight
+from fp4compile.search.gptq import compensated
+from fp4compile.search.problem import SearchOptions
+from fp4compile.search.tokens import TINY
+from fp4compile.search.weight import OutputError, search_weight
+
+
+def lookup_moment(weight: Tensor, head_moment: Tensor | None = None) -> Tensor:
+    """``[K, K]`` such that ``d M d^T`` is the mean relative error of looked-up rows that change by
+    ``d``, plus that of the head's output if the weight ``[N, K]`` is tied to a head.
+    """
+    rows, channels = weight.shape
+    moment = torch.eye(channels) / weight.square().sum().clamp_min(TINY) * rows
+    if head_moment is not None:
+        # mean over rows of w H w^T
+        power = (weight @ head_moment * weight).sum() / rows
+        moment = moment + head_moment / power.clamp_min(TINY)
+    return moment
 
 
 def search_embedding(
-    weight: Tensor, spec: TensorSpec, head_moment: Tensor | None = None
+    weight: Tensor, spec: TensorSpec, head_moment: Tensor | None, options: SearchOptions
 ) -> WeightQParams:
     """Least relative error of the looked-up rows, plus that of the head's output if tied.
 
@@ -19,17 +35,16 @@ def search_embedding(
         weight: float32 ``[N, K]``.
         head_moment: second moment ``[K, K]`` of the input of the head that shares the weight.
     """
-    channels = weight.shape[1]
-    objective = torch.eye(channels) / weight.square().mean().clamp_min(1e-30) / channels
-    if head_moment is not None:
-        # mean over rows of w H w^T
-        power = (weight @ head_moment * weight).sum() / weight.shape[0]
-        objective = objective + head_moment / power.clamp_min(1e-30)
-    return search_weight(weight, OutputError.of_inputs(objective), spec.candidates)
+    moment = lookup_moment(weight, head_moment)
+    found = search_weight(weight, OutputError.of_inputs(moment), spec.candidates)
+    # Channels of a plain look-up do not mix: nothing could compensate.
+    if head_moment is None or options.rounding == "nearest":
+        return found
+    return compensated(weight, moment, found)
 
 
 def minmax_embedding(
-    weight: Tensor, spec: TensorSpec, head_moment: Tensor | None = None
+    weight: Tensor, spec: TensorSpec, head_moment: Tensor | None, options: SearchOptions
 ) -> WeightQParams:
     """Scales that clip nothing, whatever reads the weight."""
-    return minmax_weight(weight, by_name(MINMAX_FORMATS[spec.bits]))
+    return minmax_weight(weight, spec)

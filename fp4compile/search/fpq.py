@@ -11,104 +11,107 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
+from fp4compile.errors import SpecError
 from fp4compile.formats import FloatFormat, by_name
-from fp4compile.numerics import fake_quantize
 from fp4compile.qparams import ActivationQParams, SiteQParams, TensorSpec, WeightQParams
-from fp4compile.search.activation import (
-    ActivationError,
-    Tokens,
+from fp4compile.search.activation import ActivationError, search_activation
+from fp4compile.search.candidates import (
+    Decision,
+    accepted,
     apply_activation,
-    minmax_activation,
-    search_activation,
+    minmax_decision,
+    output_errors,
 )
+from fp4compile.search.embedding import search_embedding
+from fp4compile.search.gptq import compensated
 from fp4compile.search.problem import GroupProblem
-from fp4compile.search.weight import MINMAX_FORMATS, OutputError, minmax_weight, search_weight
+from fp4compile.search.tokens import TINY, Tokens, split, weighted_tokens
+from fp4compile.search.weight import OutputError, search_weight
+from fp4compile.weights import dequantized
 
-ROUNDS = 3
-# One token in so many is not searched on but decides whether the search beats min-max; with
-# fewer tokens than HELD_OUT_MINIMUM all are searched on, since so few would say too little.
-HELD_OUT_STRIDE = 8
-HELD_OUT_MINIMUM = 512
-# Tokens of less output power than this many times the mean count about the same.
-SINK_POWER = 4.0
-TINY = 1e-30
+OBJECTIVE_TOKENS = 1024
 
 
 def minmax(problem: GroupProblem) -> dict[str, SiteQParams]:
-    """Formats of :data:`MINMAX_FORMATS`; nothing is clipped, nothing searched."""
-    weights, activation = _minmax(problem)
-    errors = _errors(problem, _all_tokens(problem), weights, activation)
+    """The standard formats; nothing is clipped, nothing searched."""
+    weights, activation = minmax_decision(problem)
+    errors = output_errors(problem, weighted_tokens(problem), weights, activation)
     return {
         name: SiteQParams(weights[name], activation, error, error) for name, error in errors.items()
     }
 
 
 def fpq_baseline(problem: GroupProblem) -> dict[str, SiteQParams]:
-    """FPQ without per-channel exponent shifts (the "FPQ baseline" of the paper's tables)."""
-    spec = problem.spec
+    """FPQ without exponent shifts, rounding to nearest (the "FPQ baseline" of the paper)."""
+    spec, options = problem.spec, replace(problem.options, rounding="nearest")
     if spec.activation is not None:
         spec = replace(spec, activation=replace(spec.activation, exponent_shift=False))
-    return fpq(replace(problem, spec=spec))
+    return fpq(replace(problem, spec=spec, options=options))
 
 
 def fpq(problem: GroupProblem) -> dict[str, SiteQParams]:
     """The full search. What does not beat min-max on held-out tokens is not accepted."""
-    tokens = _all_tokens(problem)
-    train, test = _split(tokens)
-    weights, activation = _alternate(problem, train)
-    found = _errors(problem, test, weights, activation)
-    base_weights, base_activation = _minmax(problem)
-    base = _errors(problem, test, base_weights, base_activation)
-    if sum(found.values()) > sum(base.values()):
-        weights, activation, found = base_weights, base_activation, base
-    return {
-        name: SiteQParams(weights[name], activation, found[name], base[name])
-        for name in problem.weights
+    _check(problem)
+    train, held_out = split(weighted_tokens(problem))
+    moment = train.moment()
+    tied = {
+        name: search_embedding(problem.weights[name], problem.spec.weight, moment, problem.options)
+        for name in problem.tied - problem.decided.keys()
     }
+    problem = replace(problem, decided={**problem.decided, **tied})
+    found = _alternate(problem, train, OutputError.of_inputs(moment))
+    if problem.options.rounding == "compensated":
+        found = _compensated(problem, held_out, OutputError.of_inputs(moment), found)
+    return accepted(problem, held_out, found)
 
 
-def _all_tokens(problem: GroupProblem) -> Tokens:
-    x = problem.statistics.sample
-    power = torch.zeros(len(x))
-    for weight in problem.weights.values():
-        # A head has far more outputs than channels: x W^T is never formed.
-        y = (x @ (weight.t() @ weight) * x).sum(dim=1)
-        power += y / y.mean().clamp_min(TINY)
-    return Tokens(x, 1 / (power + SINK_POWER * power.mean().clamp_min(TINY)))
+def _check(problem: GroupProblem) -> None:
+    for spec in (problem.spec.weight, problem.spec.activation):
+        if spec is not None and spec.granularity == "block":
+            raise SpecError(
+                "method 'fpq' has one scale per output channel and per tensor or token, the spec "
+                "asks for block scales; use method='best' or 'minmax'"
+            )
 
 
-def _split(tokens: Tokens) -> tuple[Tokens, Tokens]:
-    """(searched on, held out); the same tokens twice when there are few."""
-    if len(tokens.x) < HELD_OUT_MINIMUM:
-        return tokens, tokens
-    held_out = torch.arange(len(tokens.x)) % HELD_OUT_STRIDE == 0
-    return (
-        Tokens(tokens.x[~held_out], tokens.weight[~held_out]),
-        Tokens(tokens.x[held_out], tokens.weight[held_out]),
-    )
-
-
-def _alternate(
-    problem: GroupProblem, tokens: Tokens
-) -> tuple[dict[str, WeightQParams], ActivationQParams | None]:
+def _alternate(problem: GroupProblem, tokens: Tokens, objective: OutputError) -> Decision:
     spec = problem.spec
-    x = tokens.scaled(tokens.x)
-    weights = _search_weights(problem, OutputError.of_inputs(x.t() @ x), spec.weight.candidates)
+    weights = _search_weights(problem, objective, spec.weight.candidates)
     if spec.activation is None:
         return weights, None
-    best: tuple[float, dict[str, WeightQParams], ActivationQParams] | None = None
-    for _ in range(ROUNDS):
+    best: tuple[float, Decision] | None = None
+    for last in [False] * (problem.options.rounds - 1) + [True]:
         activation = _search_activation(problem, tokens, weights, spec.activation)
-        error = sum(_errors(problem, tokens, weights, activation).values())
+        error = sum(output_errors(problem, tokens, weights, activation).values())
         if best is not None and error >= best[0]:
             break
-        best = (error, weights, activation)
-        seen = OutputError.of_samples(tokens.scaled(apply_activation(tokens.x, activation)), x)
-        weights = _search_weights(problem, seen, None, weights)
+        best = (error, (weights, activation))
+        if not last:
+            x_hat = tokens.scaled(apply_activation(tokens.x, activation))
+            seen = OutputError.of_samples(x_hat, tokens.scaled(tokens.x))
+            weights = _search_weights(problem, seen, None, weights)
     assert best is not None
-    return best[1], best[2]
+    return best[1]
+
+
+def _compensated(
+    problem: GroupProblem, held_out: Tokens, objective: OutputError, found: Decision
+) -> Decision:
+    """Error-compensated rounding of every weight for which that is better on held-out tokens."""
+    weights, activation = found
+    rounded = {
+        name: qparams
+        if name in problem.decided
+        else compensated(problem.weights[name], objective.quantized_moment, qparams)
+        for name, qparams in weights.items()
+    }
+    before = output_errors(problem, held_out, weights, activation)
+    after = output_errors(problem, held_out, rounded, activation)
+    chosen = {
+        name: rounded[name] if after[name] < before[name] else weights[name] for name in weights
+    }
+    return chosen, activation
 
 
 def _search_weights(
@@ -131,48 +134,11 @@ def _search_weights(
 def _search_activation(
     problem: GroupProblem, tokens: Tokens, weights: Mapping[str, WeightQParams], spec: TensorSpec
 ) -> ActivationQParams:
-    some = tokens.thinned(1024)
+    some = tokens.thinned(OBJECTIVE_TOKENS)
     full, quantized = [], []
     for name, weight in problem.weights.items():
         power = some.scaled(some.x @ weight.t()).square().sum(dim=1).mean()
         full.append(weight / power.clamp_min(TINY).sqrt())
         quantized.append(dequantized(weight, weights[name]) / power.clamp_min(TINY).sqrt())
-    return search_activation(tokens, ActivationError(torch.cat(full), torch.cat(quantized)), spec)
-
-
-def _minmax(problem: GroupProblem) -> tuple[dict[str, WeightQParams], ActivationQParams | None]:
-    fmt = by_name(MINMAX_FORMATS[problem.spec.weight.bits])
-    weights = {
-        name: problem.decided.get(name) or minmax_weight(weight, fmt)
-        for name, weight in problem.weights.items()
-    }
-    spec = problem.spec.activation
-    if spec is None:
-        return weights, None
-    fmt = by_name(MINMAX_FORMATS[spec.bits])
-    return weights, minmax_activation(problem.statistics.absmax, fmt, spec.granularity)
-
-
-def _errors(
-    problem: GroupProblem,
-    tokens: Tokens,
-    weights: Mapping[str, WeightQParams],
-    activation: ActivationQParams | None,
-) -> dict[str, float]:
-    """Relative output error of every site with weights and activation quantized, on weighted
-    tokens; about 1000 of them.
-    """
-    some = tokens.thinned(1024)
-    x = some.scaled(some.x)
-    x_hat = x if activation is None else some.scaled(apply_activation(some.x, activation))
-    errors = {}
-    for name, weight in problem.weights.items():
-        y = x @ weight.t()
-        y_hat = x_hat @ dequantized(weight, weights[name]).t()
-        errors[name] = float((y_hat - y).square().sum() / y.square().sum().clamp_min(TINY))
-    return errors
-
-
-def dequantized(weight: Tensor, qparams: WeightQParams) -> Tensor:
-    """The weight rounded to its format and scales, float32."""
-    return fake_quantize(weight, by_name(qparams.format), qparams.scale[:, None])
+    objective = ActivationError(torch.cat(full), torch.cat(quantized), len(full))
+    return search_activation(tokens, objective, spec, problem.options.format_margin)

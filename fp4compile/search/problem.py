@@ -7,18 +7,46 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fp4compile.errors import SpecError
 from fp4compile.qparams import QuantSpec, Statistics, WeightQParams
+
+ROUNDINGS = ("compensated", "nearest")
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What a search does beyond formats and scales; the defaults are what measured best.
+
+    ``rounding``: ``"compensated"`` (GPTQ) or ``"nearest"`` (the paper). ``rounds``: how often
+    weights and activations are searched in turn. ``sink_power``: tokens count by
+    ``1 / (power + sink_power * mean power)`` of their output; infinity counts all the same.
+    ``format_margin``: an activation format that runs on the int8 route is preferred while its
+    error is at most ``1 + format_margin`` times the best one's.
+    """
+
+    rounding: str = "compensated"
+    rounds: int = 3
+    sink_power: float = 1.0
+    format_margin: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise SpecError(f"rounding {self.rounding!r} is not one of {ROUNDINGS}")
+        if self.rounds < 1 or self.sink_power < 0 or self.format_margin < 0:
+            raise SpecError(f"rounds must be at least 1 and the rest not negative, got {self}")
 
 
 @dataclass(frozen=True)
 class GroupProblem:
     """``weights``: float32 ``[N, K]`` by site name; ``statistics`` of their common input.
 
-    ``decided`` holds weights that may not change any more (a head tied to an embedding that
-    earlier layers were already calibrated on).
+    ``tied`` names those that are also looked up as an embedding. ``decided`` holds weights that may
+    not change any more (a tied head, when earlier layers were already calibrated on its rows).
     """
 
     weights: Mapping[str, Tensor]
     statistics: Statistics
     spec: QuantSpec
+    tied: frozenset[str] = frozenset()
     decided: Mapping[str, WeightQParams] = field(default_factory=dict)
+    options: SearchOptions = field(default_factory=SearchOptions)

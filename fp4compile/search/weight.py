@@ -13,8 +13,6 @@ from fp4compile.numerics import fake_quantize, scale_for_max
 from fp4compile.qparams import WeightQParams
 from fp4compile.search.grid import clip_factors
 
-# The format of min-max per width: the OCP element types (MX specification, section 5.3).
-MINMAX_FORMATS = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
 STEPS_PER_OCTAVE = 8
 OCTAVES_BELOW = 1.125
 # Candidates per row that get the exact objective, after ranking by its diagonal.
@@ -80,11 +78,6 @@ def search_weight(
     for step in REFINEMENTS:
         scale, _ = _best_of(weight, objective, fmt, _around(scale, step))
     return WeightQParams(fmt.name, scale)
-
-
-def minmax_weight(weight: Tensor, fmt: FloatFormat) -> WeightQParams:
-    """Per-row scales that clip nothing."""
-    return WeightQParams(fmt.name, scale_for_max(weight.abs().amax(dim=1), fmt))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from fp4compile.formats import by_name
 from fp4compile.kernels import KernelChoice
 from fp4compile.lowering import inductor
 from fp4compile.lowering.choice import choose, log
@@ -28,14 +27,16 @@ def linear(
     bias: Any,
     weight_format: str,
     out_dtype: torch.dtype,
+    block_scale: Any = None,
+    block_size: int = 0,
 ) -> Any:
     problem = GemmProblem(
         N=inductor.static_int(packed_weight.get_size()[0]),
         K=inductor.static_int(operand.get_size()[-1]),
         weight_format=weight_format.lower(),
         operand_dtype=operand.get_dtype(),
-        operand_scale=_granularity(operand_scale),
-        block_scales=len(weight_scale.get_size()) > 1,
+        operand_scale=_granularity(operand_scale, block_scale),
+        block_size=block_size,
         bias=bias is not None,
         out_dtype=out_dtype,
         device=operand.get_device().type,
@@ -48,7 +49,15 @@ def linear(
     target, _ = choose(problem, CPU_TARGETS)
     if target is None:
         return _reference(
-            operand, operand_scale, packed_weight, weight_scale, bias, weight_format, out_dtype
+            operand,
+            operand_scale,
+            packed_weight,
+            weight_scale,
+            bias,
+            weight_format,
+            out_dtype,
+            block_scale,
+            block_size,
         )
     inputs = {
         "operand": inductor.as_matrix(operand),
@@ -68,10 +77,14 @@ def linear(
     )
 
 
-def _granularity(operand_scale: Any) -> str | None:
+def _granularity(operand_scale: Any, block_scale: Any) -> str | None:
     if operand_scale is None:
         return None
-    return "token" if operand_scale.get_size() else "tensor"
+    if not operand_scale.get_size():
+        return "tensor"
+    blocks = None if block_scale is None else inductor.static_int(block_scale.get_size()[-1])
+    columns = inductor.static_int(operand_scale.get_size()[-1])
+    return "block" if columns == blocks else "token"
 
 
 def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
@@ -82,9 +95,9 @@ def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
         N=rows,
         K=columns,
         weight_format=weight.weight_format,
-        operand_dtype=weight.dtype if activation is None else operand_dtype(by_name(activation)),
+        operand_dtype=weight.dtype if activation is None else operand_dtype(activation),
         operand_scale=None if activation is None else weight.granularity,
-        block_scales=weight.weight_scale.dim() > 1,
+        block_size=weight.block_size,
         bias=bias,
         out_dtype=weight.dtype,
         device=weight.device.type,

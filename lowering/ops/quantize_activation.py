@@ -21,7 +21,13 @@ def quantize_activation(
     format: str,
     granularity: str,
     shift_folded: bool = False,
+    shift_in_weight: bool = False,
+    rotation: int = 1,
+    block_size: int = 0,
+    block_clip: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
+    if granularity == "block" or rotation > 1:
+        return NotImplemented
     fmt = by_name(format)
     values = x.to(torch.float32)
     if exponent_shift is not None and not shift_folded:
@@ -31,9 +37,9 @@ def quantize_activation(
     else:
         operand_scale = scale.clone()
     rounded = _round_steps(values * operand_scale.reciprocal(), fmt)
-    if exponent_shift is not None:
+    if exponent_shift is not None and not shift_in_weight:
         rounded = rounded * power_of_two(exponent_shift)
-    return rounded.to(operand_dtype(fmt)), operand_scale
+    return rounded.to(operand_dtype(format)), operand_scale
 
 
 def _round_steps(steps: Tensor, fmt: FloatFormat) -> Tensor:

@@ -24,7 +24,7 @@ PROBLEM = GemmProblem(
     weight_format="e2m1",
     operand_dtype=torch.int8,
     operand_scale="token",
-    block_scales=False,
+    block_size=0,
     bias=False,
     out_dtype=torch.float32,
 )

@@ -1,0 +1,191 @@
+"""The strongest combination at the same bits: smoothing by powers of two, block-Hadamard rotation,
+E4M3 block scales with two formats, and error-compensated rounding.
+
+The transform of the activation is chosen per group of sites by the output error: none, exponent
+shifts moved into the weight (LLM-FP4's pre-shifted exponent bias, chosen to balance activations
+and weights), or these and a rotation, which spreads what outliers are left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fp4compile.blocks import outer_scale
+from fp4compile.numerics import scale_for_max
+from fp4compile.operand import largest_rotation, transformed
+from fp4compile.qparams import ActivationQParams, QuantSpec, SiteQParams, TensorSpec, WeightQParams
+from fp4compile.search.candidates import ERROR_TOKENS, accepted, blocked_weight, output_errors
+from fp4compile.search.embedding import lookup_moment
+from fp4compile.search.gptq import compensated
+from fp4compile.search.problem import GroupProblem, SearchOptions
+from fp4compile.search.tokens import TINY, Tokens, split, weighted_tokens
+from fp4compile.search.weight import OutputError, search_weight
+from fp4compile.weights import for_activation
+
+BLOCK_SIZE = 32
+BLOCK_FORMATS = {4: ("e2m1", "e1m2"), 6: ("e2m3",)}
+# A block may clip its maximum to this factor: the largest value gets worse, the others better.
+BLOCK_CLIP = 0.85
+# Blocks of activations beyond what calibration saw, before the E4M3 scale saturates.
+HEADROOM = 4.0
+# Largest sizes of the Hadamard rotations to choose from.
+ROTATIONS = (64, 512)
+LARGEST_SMOOTHING = 20
+TOKEN_CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7)
+# Rows of a large weight that the transform is chosen on.
+CHOICE_ROWS = 2048
+
+
+def block_spec(spec: QuantSpec) -> QuantSpec:
+    """``spec`` with the granularities of this method where it leaves them at their defaults:
+    blocks up to 6 bits, else weights per channel and activations per token.
+    """
+    return QuantSpec(
+        _in_blocks(spec.weight),
+        None if spec.activation is None else _in_blocks(spec.activation),
+        None if spec.embedding is None else _in_blocks(spec.embedding),
+    )
+
+
+def _in_blocks(spec: TensorSpec) -> TensorSpec:
+    if spec.formats or spec.granularity not in ("channel", "tensor"):
+        return spec
+    if spec.bits in BLOCK_FORMATS:
+        formats = BLOCK_FORMATS[spec.bits]
+        return TensorSpec(spec.bits, formats, "block", block_size=BLOCK_SIZE)
+    return spec if spec.granularity == "channel" else replace(spec, granularity="token")
+
+
+def best(problem: GroupProblem) -> dict[str, SiteQParams]:
+    """The full search. What does not beat min-max on held-out tokens is not accepted."""
+    problem = replace(problem, spec=block_spec(problem.spec))
+    train, held_out = split(weighted_tokens(problem))
+    activation = None
+    if problem.spec.activation is not None:
+        activation = _choose_activation(problem, train, problem.spec.activation)
+    moment = train.moment()
+    weights = {
+        name: problem.decided.get(name)
+        or _round_weight(
+            weight,
+            lookup_moment(weight, moment) if name in problem.tied else moment,
+            activation,
+            problem.spec.weight,
+            problem.options,
+        )
+        for name, weight in problem.weights.items()
+    }
+    return accepted(problem, held_out, (weights, activation))
+
+
+def best_embedding(
+    weight: Tensor, spec: TensorSpec, head_moment: Tensor | None, options: SearchOptions
+) -> WeightQParams:
+    """Block scales; compensated if the weight ``[N, K]`` is tied to a head of input
+    ``head_moment``.
+    """
+    if head_moment is None:
+        options = replace(options, rounding="nearest")
+    moment = lookup_moment(weight, head_moment)
+    return _round_weight(weight, moment, None, _in_blocks(spec), options)
+
+
+def _round_weight(
+    weight: Tensor,
+    moment: Tensor,
+    activation: ActivationQParams | None,
+    spec: TensorSpec,
+    options: SearchOptions,
+) -> WeightQParams:
+    working = for_activation(weight, activation)
+    if activation is not None:
+        moment = _transformed_moment(moment, activation)
+    found = _nearest(working, moment, spec)
+    if options.rounding == "nearest":
+        return found
+    return compensated(working, moment, found)
+
+
+def _nearest(weight: Tensor, moment: Tensor, spec: TensorSpec) -> WeightQParams:
+    if spec.granularity != "block":
+        return search_weight(weight, OutputError.of_inputs(moment), spec.candidates)
+    diagonal = moment.diagonal()
+    return blocked_weight(weight, spec.candidates, spec.block_size, (1.0, BLOCK_CLIP), diagonal)
+
+
+def _transformed_moment(moment: Tensor, activation: ActivationQParams) -> Tensor:
+    """Second moment of the transformed activation, from that of the activation."""
+    shift, rotation = activation.exponent_shift, activation.rotation
+    half = transformed(moment, shift, rotation)
+    return transformed(half.t(), shift, rotation)
+
+
+def _choose_activation(
+    problem: GroupProblem, tokens: Tokens, spec: TensorSpec
+) -> ActivationQParams:
+    """The candidate with the least output error, weights rounded to nearest."""
+    some = tokens.thinned(ERROR_TOKENS)
+    step = max(1, sum(len(w) for w in problem.weights.values()) // CHOICE_ROWS)
+    few = replace(problem, weights={name: w[::step] for name, w in problem.weights.items()})
+    moment = some.moment()
+    scored = []
+    for shift, rotation in _transforms(problem, tokens):
+        weights: dict[str, WeightQParams] = {}
+        for candidate in _activations(tokens.x, spec, shift, rotation):
+            weights = weights or {
+                name: _nearest(
+                    for_activation(weight, candidate),
+                    _transformed_moment(moment, candidate),
+                    problem.spec.weight,
+                )
+                for name, weight in few.weights.items()
+            }
+            error = sum(output_errors(few, some, weights, candidate).values())
+            scored.append((error, candidate))
+    return min(scored, key=lambda pair: pair[0])[1]
+
+
+def _transforms(problem: GroupProblem, tokens: Tokens) -> list[tuple[Tensor | None, int]]:
+    """(exponent shift, rotation) to choose from."""
+    if problem.decided:
+        return [(None, 1)]  # the weight was quantized as it is
+    shift = _balancing_shift(problem, tokens)
+    channels = len(shift)
+    sizes = {largest_rotation(channels, limit) for limit in ROTATIONS}
+    return [(None, 1), (shift, 1), *((shift, size) for size in sorted(sizes) if size > 1)]
+
+
+def _balancing_shift(problem: GroupProblem, tokens: Tokens) -> Tensor:
+    """int8 ``[K]``: log2 of the channel factors that minimise the product of activation and
+    weight power, ``sqrt(rms(x_k) / |W_k|)`` (cf. SmoothQuant, arXiv 2211.10438), about their mean.
+    """
+    rms = tokens.scaled(tokens.x).square().sum(dim=0).sqrt()
+    norm = sum(weight.square().sum(dim=0) for weight in problem.weights.values())
+    assert isinstance(norm, Tensor)
+    used = (rms > 0) & (norm > 0)
+    log = (rms.clamp_min(TINY).log2() - norm.clamp_min(TINY).sqrt().log2()) / 2
+    log = torch.where(used, log - log[used].mean(), torch.zeros(()))
+    return log.round().clamp(-LARGEST_SMOOTHING, LARGEST_SMOOTHING).to(torch.int8)
+
+
+def _activations(
+    x: Tensor, spec: TensorSpec, shift: Tensor | None, rotation: int
+) -> Iterator[ActivationQParams]:
+    """Candidates with one transform."""
+    common = {"exponent_shift": shift, "shift_in_weight": shift is not None, "rotation": rotation}
+    absmax = transformed(x, shift, rotation).abs().amax()
+    if spec.granularity == "block":
+        outer = outer_scale(HEADROOM * absmax, spec.candidates)
+        name = "|".join(fmt.name for fmt in spec.candidates)
+        blocks = {"block_size": spec.block_size, "block_clip": BLOCK_CLIP}
+        yield ActivationQParams(name, "block", outer, **blocks, **common)
+        return
+    for fmt in spec.candidates:
+        static = scale_for_max(absmax, fmt)
+        for ratio in TOKEN_CLIP_RATIOS:
+            scale = torch.tensor(ratio) if spec.granularity == "token" else static * ratio
+            yield ActivationQParams(fmt.name, spec.granularity, scale, **common)

@@ -1,0 +1,131 @@
+"""What every method shares: min-max, and the output error that candidates are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fp4compile.blocks import outer_scale, quantize_blocks
+from fp4compile.formats import FloatFormat, by_name
+from fp4compile.numerics import power_of_two, scale_for_max
+from fp4compile.operand import round_operand, spread, transformed
+from fp4compile.qparams import ActivationQParams, SiteQParams, TensorSpec, WeightQParams
+from fp4compile.search.problem import GroupProblem
+from fp4compile.search.tokens import TINY, Tokens
+from fp4compile.weights import dequantized, for_activation
+
+# The format of min-max per width: the OCP element types (MX specification, section 5.3).
+MINMAX_FORMATS = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
+ERROR_TOKENS = 1024
+
+Decision = tuple[dict[str, WeightQParams], ActivationQParams | None]
+
+
+def minmax_format(spec: TensorSpec) -> FloatFormat:
+    """The first format that ``spec`` names, else the standard one of its width."""
+    return by_name(spec.formats[0] if spec.formats else MINMAX_FORMATS[spec.bits])
+
+
+def minmax_weight(weight: Tensor, spec: TensorSpec) -> WeightQParams:
+    """Scales per row or per block that clip nothing."""
+    fmt = minmax_format(spec)
+    if spec.granularity == "block":
+        return blocked_weight(weight, (fmt,), spec.block_size)
+    return WeightQParams(fmt.name, scale_for_max(weight.abs().amax(dim=1), fmt))
+
+
+def minmax_activation(absmax: Tensor, spec: TensorSpec) -> ActivationQParams:
+    """No shift, nothing clipped. ``absmax`` ``[K]``."""
+    fmt = minmax_format(spec)
+    if spec.granularity == "block":
+        outer = outer_scale(absmax.amax(), (fmt,))
+        return ActivationQParams(fmt.name, "block", outer, block_size=spec.block_size)
+    static = scale_for_max(absmax.amax(), fmt)
+    scale = torch.ones(()) if spec.granularity == "token" else static
+    return ActivationQParams(fmt.name, spec.granularity, scale)
+
+
+def blocked_weight(
+    weight: Tensor,
+    formats: tuple[FloatFormat, ...],
+    block_size: int,
+    clips: tuple[float, ...] = (1.0,),
+    channel_weight: Tensor | None = None,
+    rows: int = 4096,
+) -> WeightQParams:
+    """Block scales of ``weight`` ``[N, K]``, ``rows`` at a time; see ``quantize_blocks``."""
+    outer = outer_scale(weight.abs().amax(), formats)
+    name = "|".join(fmt.name for fmt in formats)
+    parts = [
+        quantize_blocks(part, outer, formats, block_size, clips, channel_weight)
+        for part in weight.split(rows)
+    ]
+    codes = torch.cat([part.scale_codes for part in parts])
+    return WeightQParams(name, outer[None], codes, block_size)
+
+
+def minmax_decision(problem: GroupProblem) -> Decision:
+    """Formats of :data:`MINMAX_FORMATS`; nothing is clipped, nothing searched."""
+    weights = {
+        name: problem.decided.get(name) or minmax_weight(weight, problem.spec.weight)
+        for name, weight in problem.weights.items()
+    }
+    spec = problem.spec.activation
+    return weights, None if spec is None else minmax_activation(problem.statistics.absmax, spec)
+
+
+def apply_activation(x: Tensor, qparams: ActivationQParams) -> Tensor:
+    """What the GEMM sees of ``x`` ``[T, K]``: transformed, rounded as by
+    ``fp4::quantize_activation``, times its scale; float32.
+    """
+    shift = qparams.exponent_shift
+    values = transformed(x, shift, qparams.rotation)
+    steps, scale = round_operand(
+        values,
+        qparams.scale,
+        qparams.format,
+        qparams.granularity,
+        qparams.block_size,
+        qparams.block_clip,
+    )
+    rounded = steps * spread(scale, qparams.granularity, qparams.block_size, x.shape[-1])
+    if shift is None or qparams.shift_in_weight:
+        return rounded
+    return rounded * power_of_two(shift)
+
+
+def output_errors(
+    problem: GroupProblem,
+    tokens: Tokens,
+    weights: Mapping[str, WeightQParams],
+    activation: ActivationQParams | None,
+) -> dict[str, float]:
+    """Relative output error of every site with weights and activation quantized, on weighted
+    tokens; about 1000 of them.
+    """
+    some = tokens.thinned(ERROR_TOKENS)
+    x = some.scaled(some.x)
+    x_hat = x if activation is None else some.scaled(apply_activation(some.x, activation))
+    errors = {}
+    for name, weight in problem.weights.items():
+        y = x @ weight.t()
+        quantized = dequantized(for_activation(weight, activation), weights[name])
+        y_hat = x_hat @ quantized.t()
+        errors[name] = float((y_hat - y).square().sum() / y.square().sum().clamp_min(TINY))
+    return errors
+
+
+def accepted(problem: GroupProblem, held_out: Tokens, found: Decision) -> dict[str, SiteQParams]:
+    """``found`` if its errors on ``held_out`` are less than those of min-max, else min-max."""
+    errors = output_errors(problem, held_out, *found)
+    base_decision = minmax_decision(problem)
+    base = output_errors(problem, held_out, *base_decision)
+    if sum(errors.values()) > sum(base.values()):
+        found, errors = base_decision, base
+    weights, activation = found
+    return {
+        name: SiteQParams(weights[name], activation, errors[name], base[name])
+        for name in problem.weights
+    }

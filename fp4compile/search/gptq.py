@@ -1,0 +1,110 @@
+"""Error-compensated rounding (GPTQ, Frantar et al., arXiv 2210.17323) on any format and scale.
+
+Columns are rounded in turn, the most important first; what a column's rounding adds to the layer
+output is taken back by the columns not yet rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fp4compile.blocks import in_second_format, per_channel
+from fp4compile.formats import FloatFormat, alternatives
+from fp4compile.numerics import round_steps
+from fp4compile.qparams import WeightQParams
+from fp4compile.weights import channel_scales, steps_to_packed
+
+# Of the mean diagonal, added to the diagonal of the moment (the paper's value).
+DAMPING = 0.01
+# Columns whose compensation of later ones is gathered into one matrix product.
+LAZY_COLUMNS = 64
+# Rows are independent: so many at a time bound the memory.
+ROWS = 8192
+
+
+def compensated(weight: Tensor, moment: Tensor, qparams: WeightQParams) -> WeightQParams:
+    """``qparams`` with the codes of compensated rounding; formats and scales stay.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        moment: ``[K, K]``, second moment of the inputs that the weight will be multiplied with.
+    """
+    order, factor = _elimination(moment)
+    parts = [
+        steps_to_packed(_round_rows(rows, order, factor, part), part)
+        for rows, part in zip(weight.split(ROWS), _split_rows(qparams, len(weight)), strict=True)
+    ]
+    return replace(qparams, packed=torch.cat(parts))
+
+
+def _split_rows(qparams: WeightQParams, rows: int) -> list[WeightQParams]:
+    scales = qparams.scale.split(ROWS) if len(qparams.scale) == rows else None
+    blocks = None if qparams.block_scale is None else qparams.block_scale.split(ROWS)
+    return [
+        replace(
+            qparams,
+            scale=qparams.scale if scales is None else scales[part],
+            block_scale=None if blocks is None else blocks[part],
+        )
+        for part in range(-(-rows // ROWS))
+    ]
+
+
+def _elimination(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Order of the columns, and the upper Cholesky factor of the inverse moment in that order."""
+    order = moment.diagonal().argsort(descending=True)
+    damped = moment[order][:, order].to(torch.float64)
+    # A channel that is always zero has no say; the smallest damping keeps it invertible.
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp_min(1e-30))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return order, torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+
+
+def _round_rows(weight: Tensor, order: Tensor, factor: Tensor, qparams: WeightQParams) -> Tensor:
+    """Steps ``[N, K]`` of compensated rounding."""
+    channels = weight.shape[1]
+    # Column j of the weight is row j here, so that every step works on contiguous memory.
+    left = weight.t()[order]
+    scales = channel_scales(qparams, channels).t().expand(channels, -1)[order]
+    rounding = _Rounding.of(qparams, channels, order)
+    steps = torch.empty_like(left)
+    for start in range(0, channels, LAZY_COLUMNS):
+        stop = min(start + LAZY_COLUMNS, channels)
+        block, inverse = left[start:stop], factor[start:stop, start:stop]
+        errors = torch.empty_like(block)
+        for j in range(stop - start):
+            scale = scales[start + j]
+            rounded = rounding.column(block[j] / scale, start + j)
+            steps[start + j] = rounded
+            torch.sub(block[j], rounded * scale, out=errors[j])
+            errors[j] /= inverse[j, j]
+            block[j + 1 :].addr_(inverse[j, j + 1 :], errors[j], alpha=-1)
+        left[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    result = torch.empty_like(steps)
+    result[order] = steps
+    return result.t().contiguous()
+
+
+class _Rounding:
+    """Rounds one column; rows whose block has the second format round in that."""
+
+    def __init__(self, formats: tuple[FloatFormat, ...], second: Tensor | None) -> None:
+        self.formats = formats
+        self.second = second  # [K, N] in elimination order
+
+    @classmethod
+    def of(cls, qparams: WeightQParams, channels: int, order: Tensor) -> _Rounding:
+        formats = alternatives(qparams.format)
+        if len(formats) == 1 or qparams.block_scale is None:
+            return cls(formats, None)
+        flags = per_channel(in_second_format(qparams.block_scale), qparams.block_size, channels)
+        return cls(formats, flags.t()[order])
+
+    def column(self, steps: Tensor, position: int) -> Tensor:
+        rounded = round_steps(steps, self.formats[0])
+        if self.second is None:
+            return rounded
+        return torch.where(self.second[position], round_steps(steps, self.formats[1]), rounded)

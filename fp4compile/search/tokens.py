@@ -1,0 +1,83 @@
+"""Calibration tokens of a group, and how much each counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4compile.formats import FloatFormat
+from fp4compile.search.problem import GroupProblem
+from fp4compile.search.sorted_errors import channel_errors
+
+# One token in so many is not searched on but decides whether the search beats min-max; with
+# fewer tokens than HELD_OUT_MINIMUM all are searched on, since so few would say too little.
+HELD_OUT_STRIDE = 8
+HELD_OUT_MINIMUM = 512
+TINY = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Calibration tokens ``x`` ``[T, K]`` and how much each counts, ``weight`` ``[T]``."""
+
+    x: Tensor
+    weight: Tensor
+    _tables: dict[Any, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def error_tables(self, maxima: Tensor, formats: Sequence[FloatFormat]) -> list[Tensor]:
+        """``[len(maxima), K]`` per format: weighted mean squared error of every channel, computed
+        once.
+        """
+        key = (tuple(fmt.name for fmt in formats), tuple(maxima.tolist()))
+        if key not in self._tables:
+            self._tables[key] = channel_errors(self.x, self.weight, maxima, formats)
+        return self._tables[key]
+
+    def thinned(self, size: int) -> Tokens:
+        """About ``size`` of them, evenly spaced."""
+        step = max(1, len(self.x) // size)
+        return Tokens(self.x[::step], self.weight[::step])
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """``x`` with rows times the root of their weight, for sums of weighted squares."""
+        return x * self.weight.sqrt()[:, None]
+
+    def moment(self) -> Tensor:
+        """Weighted second moment ``[K, K]``."""
+        x = self.scaled(self.x)
+        return x.t() @ x
+
+
+def weighted_tokens(problem: GroupProblem) -> Tokens:
+    """The sample; a token counts less the more its output power exceeds the mean."""
+    x, sink_power = problem.statistics.sample, problem.options.sink_power
+    if sink_power == float("inf"):
+        return Tokens(x, torch.ones(len(x)))
+    power = torch.zeros(len(x))
+    for weight in problem.weights.values():
+        y = _output_power(x, weight)
+        power += y / y.mean().clamp_min(TINY)
+    return Tokens(x, 1 / (power + sink_power * power.mean().clamp_min(TINY)))
+
+
+def _output_power(x: Tensor, weight: Tensor) -> Tensor:
+    """``|x W^T|^2`` of every token ``[T]``; a head has far more outputs than channels."""
+    rows, channels = weight.shape
+    if rows < channels:
+        return (x @ weight.t()).square().sum(dim=1)
+    return (x @ (weight.t() @ weight) * x).sum(dim=1)
+
+
+def split(tokens: Tokens) -> tuple[Tokens, Tokens]:
+    """(searched on, held out); the same tokens twice when there are few."""
+    if len(tokens.x) < HELD_OUT_MINIMUM:
+        return tokens, tokens
+    held_out = torch.arange(len(tokens.x)) % HELD_OUT_STRIDE == 0
+    return (
+        Tokens(tokens.x[~held_out], tokens.weight[~held_out]),
+        Tokens(tokens.x[held_out], tokens.weight[held_out]),
+    )

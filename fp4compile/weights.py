@@ -1,0 +1,73 @@
+"""From a weight's qparams to its codes and to what they mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp4compile.blocks import block_scales, in_second_format, per_channel
+from fp4compile.formats import alternatives, by_name
+from fp4compile.numerics import quantize, steps_to_code
+from fp4compile.operand import working_weight
+from fp4compile.packing import pack, unpack_blocks, unpack_values
+from fp4compile.qparams import ActivationQParams, WeightQParams
+
+
+def for_activation(weight: Tensor, activation: ActivationQParams | None) -> Tensor:
+    """The weight ``[N, K]`` that is quantized: transformed as ``activation`` needs it."""
+    if activation is None:
+        return weight
+    return working_weight(
+        weight, activation.exponent_shift, activation.shift_in_weight, activation.rotation
+    )
+
+
+def channel_scales(qparams: WeightQParams, channels: int) -> Tensor:
+    """The scale of every value, to broadcast with ``[N, K]``."""
+    if qparams.block_scale is None:
+        return qparams.scale[:, None]
+    return per_channel(
+        block_scales(qparams.block_scale, qparams.scale), qparams.block_size, channels
+    )
+
+
+def steps_to_packed(steps: Tensor, qparams: WeightQParams) -> Tensor:
+    """Packed codes of ``steps`` ``[N, K]``, numbers already divided by their scales."""
+    first, *second = alternatives(qparams.format)
+    codes = steps_to_code(steps, first)
+    if second and qparams.block_scale is not None:
+        flag = per_channel(
+            in_second_format(qparams.block_scale), qparams.block_size, steps.shape[1]
+        )
+        codes = torch.where(flag, steps_to_code(steps, second[0]), codes)
+    return pack(codes, first.bits)
+
+
+def packed_codes(weight: Tensor, qparams: WeightQParams) -> Tensor:
+    """uint8 ``[N, packed_size(K)]``: the codes in ``qparams``, else ``weight`` rounded to nearest.
+
+    Args:
+        weight: float32 ``[N, K]``, as :func:`for_activation` gives it.
+    """
+    if qparams.packed is not None:
+        return qparams.packed
+    if qparams.block_scale is None:
+        fmt = by_name(qparams.format)
+        return pack(quantize(weight, fmt, qparams.scale[:, None]), fmt.bits)
+    steps = weight * channel_scales(qparams, weight.shape[1]).reciprocal()
+    return steps_to_packed(steps, qparams)
+
+
+def dequantized(weight: Tensor, qparams: WeightQParams) -> Tensor:
+    """What the codes of ``weight`` mean, float32 ``[N, K]``, in the space of ``weight``."""
+    packed, channels = packed_codes(weight, qparams), weight.shape[1]
+    if qparams.block_scale is None:
+        return unpack_values(packed, by_name(qparams.format), channels) * qparams.scale[:, None]
+    return unpack_blocks(
+        packed,
+        qparams.block_scale,
+        qparams.scale,
+        qparams.format,
+        qparams.block_size,
+        channels,
+    )
