@@ -8,17 +8,26 @@ import pytest
 import torch
 
 from fp4compile.errors import SpecError
-from fp4compile.formats import FORMATS, by_name, of_width
+from fp4compile.formats import FORMATS, alternatives, by_name, of_width
 from fp4compile.numerics import fake_quantize, scale_for_max
 from fp4compile.observers import observe
 from fp4compile.qparams import PRESETS, QuantSpec, TensorSpec
 from fp4compile.search import METHODS, GroupProblem, by_method
-from fp4compile.search.activation import apply_activation
-from fp4compile.search.embedding import search_embedding
-from fp4compile.search.fpq import dequantized
+from fp4compile.search.candidates import (
+    apply_activation,
+    blocked_weight,
+    minmax_decision,
+    minmax_weight,
+    output_errors,
+)
+from fp4compile.search.embedding import lookup_moment, search_embedding
+from fp4compile.search.gptq import compensated
 from fp4compile.search.grid import clip_factors
-from fp4compile.search.sorted_errors import SortedChannels
-from fp4compile.search.weight import OutputError, minmax_weight, search_weight
+from fp4compile.search.problem import SearchOptions
+from fp4compile.search.sorted_errors import channel_errors
+from fp4compile.search.tokens import weighted_tokens
+from fp4compile.search.weight import OutputError, search_weight
+from fp4compile.weights import dequantized, for_activation
 
 ALL = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 
@@ -41,7 +50,7 @@ def test_sorted_errors_equal_quantizing_every_value(fmt):
     x, _ = layer(tokens=50, channels=5)
     token_weight = torch.rand(50) + 0.1
     maxima = x.abs().amax() * clip_factors(2, 3)
-    got = SortedChannels.of(x, token_weight).errors(maxima, fmt)
+    (got,) = channel_errors(x, token_weight, maxima, (fmt,))
     for maximum, errors in zip(maxima, got, strict=True):
         difference = fake_quantize(x, fmt, maximum / fmt.max_integer) - x
         expected = (difference.square() * token_weight[:, None]).sum(0) / token_weight.sum()
@@ -89,9 +98,10 @@ def test_no_method_is_worse_than_minmax(method, preset, granularity):
         spec = spec.per_token()
     decision = by_method(method).search_group(problem(spec))["w"]
     assert decision.error <= decision.minmax_error * (1 + 1e-6)
-    assert by_name(decision.weight.format).bits == spec.weight.bits
+    formats = alternatives(decision.weight.format)
+    assert {fmt.bits for fmt in formats} == {spec.weight.bits}
     assert (decision.activation is None) == (spec.activation is None)
-    if decision.activation is not None:
+    if decision.activation is not None and method != "best":
         assert decision.activation.granularity == granularity
         shift = decision.activation.exponent_shift
         if shift is not None:
@@ -107,12 +117,115 @@ def test_shifts_pay_where_channels_differ():
     assert with_shifts.error < 0.8 * without.error
 
 
+def test_shifts_by_error_beat_shifts_by_maximum():
+    start = problem(QuantSpec.preset("w4a4"))
+    paper = replace(start, options=SearchOptions(shift_choice="maximum"))
+    by_error, by_maximum = (by_method("fpq").search_group(p)["w"] for p in (start, paper))
+    assert by_maximum.activation.exponent_shift is not None
+    assert by_error.error < by_maximum.error
+
+
+def test_a_wider_margin_prefers_a_format_of_the_int8_route():
+    start = problem(QuantSpec.preset("w8a8"))
+    free, fast = (
+        by_method("fpq").search_group(replace(start, options=SearchOptions(format_margin=margin)))
+        for margin in (0.0, 100.0)
+    )
+    assert not by_name(free["w"].activation.format).fits_int8
+    assert fast["w"].activation.format == "e1m6"
+
+
+@pytest.mark.parametrize("wrong", [{"rounding": "up"}, {"shift_choice": "mean"}, {"rounds": 0}])
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(SpecError):
+        SearchOptions(**wrong)
+
+
 def test_a_decided_weight_stays():
     x, weight = layer()
-    fixed = minmax_weight(weight, by_name("e1m2"))
+    fixed = minmax_weight(weight, TensorSpec(4, formats=("e1m2",)))
     start = GroupProblem({"w": weight}, observe([x]), QuantSpec.preset("w4a4"))
     decision = by_method("fpq").search_group(replace(start, decided={"w": fixed}))["w"]
     assert decision.weight is fixed
+
+
+@pytest.mark.parametrize("fmt", of_width(4), ids=lambda fmt: fmt.name)
+def test_compensated_rounding_keeps_scales_and_beats_the_nearest(fmt):
+    x, weight = layer()
+    x[:, 1:] += x[:, :-1]  # correlated channels are what compensation lives from
+    moment = x.t() @ x / len(x)
+    nearest = minmax_weight(weight, TensorSpec(4, formats=(fmt.name,)))
+    found = compensated(weight, moment, nearest)
+    assert found.scale is nearest.scale
+    objective = OutputError.of_inputs(moment)
+    before, after = (
+        float(objective.rows(dequantized(weight, q), weight).sum()) for q in (nearest, found)
+    )
+    assert after < 0.95 * before
+
+
+def test_compensated_rounding_without_correlation_is_rounding_to_nearest():
+    _, weight = layer()
+    nearest = minmax_weight(weight, TensorSpec(4))
+    found = compensated(weight, torch.eye(32), nearest)
+    assert torch.equal(dequantized(weight, found), dequantized(weight, nearest))
+
+
+def test_compensated_rounding_works_in_blocks_and_in_parts_of_rows(monkeypatch):
+    x, weight = layer(outputs=40)
+    moment = x.t() @ x
+    blocks = blocked_weight(weight, (by_name("e2m1"), by_name("e1m2")), 16, (1.0, 0.85))
+    whole = compensated(weight, moment, blocks)
+    monkeypatch.setattr("fp4compile.search.gptq.ROWS", 16)
+    assert torch.equal(compensated(weight, moment, blocks).packed, whole.packed)
+    objective = OutputError.of_inputs(moment)
+    errors = [float(objective.rows(dequantized(weight, q), weight).sum()) for q in (blocks, whole)]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("preset", ["w4a4", "w4a8", "w6a6"])
+def test_best_beats_fpq_and_keeps_the_product(preset):
+    start = problem(QuantSpec.preset(preset), outputs=64, channels=64)
+    best, fpq = (by_method(m).search_group(start)["w"] for m in ("best", "fpq"))
+    assert best.error < fpq.error
+    x, weight = start.statistics.sample, start.weights["w"]
+    working = for_activation(weight, best.activation)
+    y_hat = apply_activation(x, best.activation) @ dequantized(working, best.weight).t()
+    y = x @ weight.t()
+    assert float((y_hat - y).square().sum() / y.square().sum()) < 3 * best.error
+
+
+def test_minmax_with_blocks_of_16_is_nvfp4():
+    block = TensorSpec(4, ("e2m1",), "block", block_size=16)
+    start = problem(QuantSpec(block, block, block))
+    weights, activation = minmax_decision(start)
+    assert weights["w"].block_scale.shape == (24, 2)
+    # One float32 per tensor maps its largest block to the largest E4M3 scale.
+    outer = start.weights["w"].abs().amax() / 448 / 12
+    assert torch.equal(weights["w"].scale, outer[None])
+    assert int(weights["w"].block_scale.max()) == 126  # 448
+    errors = output_errors(start, weighted_tokens(start), weights, activation)
+    assert errors["w"] < 0.03
+
+
+def test_a_tied_head_may_be_transformed_by_best_but_a_decided_one_not():
+    x, weight = layer(outputs=64)
+    start = GroupProblem(
+        {"w": weight}, observe([x]), QuantSpec.preset("w4a4"), tied=frozenset({"w"})
+    )
+    free = by_method("best").search_group(start)["w"]
+    assert free.activation.exponent_shift is not None
+    fixed = by_method("best").search_lookup(weight, start.spec.embedding, None, SearchOptions())
+    decided = by_method("best").search_group(replace(start, decided={"w": fixed}))["w"]
+    assert decided.activation.exponent_shift is None
+    assert decided.activation.rotation == 1
+    assert decided.weight is fixed
+
+
+def test_fpq_refuses_blocks():
+    block = TensorSpec(4, ("e2m1",), "block", block_size=16)
+    with pytest.raises(SpecError, match="method='best'"):
+        by_method("fpq").search_group(problem(QuantSpec(block, None, block)))
 
 
 def test_zero_rows_and_zero_activations_are_fine():
@@ -132,10 +245,21 @@ def test_a_tied_embedding_weighs_its_head():
     x, weight = layer(outputs=64)
     spec = QuantSpec.preset("w4a4").weight
     moment = x.t() @ x / len(x)
-    alone, tied = search_embedding(weight, spec), search_embedding(weight, spec, moment)
+    alone, tied = (search_embedding(weight, spec, head, SearchOptions()) for head in (None, moment))
     head = OutputError.of_inputs(moment)
     errors = [float(head.rows(dequantized(weight, found), weight).sum()) for found in (alone, tied)]
     assert errors[1] < errors[0]
+
+
+def test_the_lookup_moment_is_the_mean_relative_error_of_rows():
+    x, weight = layer()
+    change = torch.randn_like(weight) / 10
+    rows = (change @ lookup_moment(weight) * change).sum(1).mean()
+    torch.testing.assert_close(rows, change.square().sum() / weight.square().sum())
+    head = x.t() @ x / len(x)
+    both = (change @ lookup_moment(weight, head) * change).sum(1).mean()
+    y, difference = x @ weight.t(), x @ change.t()
+    torch.testing.assert_close(both - rows, difference.square().sum() / y.square().sum())
 
 
 def test_unknown_names_list_the_known_ones():
@@ -147,7 +271,7 @@ def test_unknown_names_list_the_known_ones():
 
 def test_specs_that_mean_nothing_are_refused():
     four = TensorSpec(4)
-    with pytest.raises(SpecError, match="per tensor or per token"):
+    with pytest.raises(SpecError, match="per tensor, token or block"):
         QuantSpec(four, four, four)
     with pytest.raises(SpecError, match="per output channel"):
         QuantSpec(TensorSpec(4, granularity="token"), None, None)

@@ -20,7 +20,8 @@ from fp4compile.numerics import scale_for_max
 from fp4compile.qparams import ActivationQParams, TensorSpec
 from fp4compile.search.candidates import apply_activation
 from fp4compile.search.grid import clip_factors
-from fp4compile.search.tokens import Tokens
+from fp4compile.search.problem import SearchOptions
+from fp4compile.search.tokens import TINY, Tokens
 
 # Shifts beyond 2^7 between channels of one tensor are not worth their table rows.
 LARGEST_SHIFT = 7
@@ -84,12 +85,12 @@ class ActivationError:
 
 
 def search_activation(
-    tokens: Tokens, objective: ActivationError, spec: TensorSpec, format_margin: float
+    tokens: Tokens, objective: ActivationError, spec: TensorSpec, options: SearchOptions
 ) -> ActivationQParams:
     """The candidate with the least output error on ``tokens``; one of the int8 route if its error
-    is at most ``1 + format_margin`` times that.
+    is at most ``1 + options.format_margin`` times that.
     """
-    scored = _static_candidates(tokens, objective, spec)
+    scored = _static_candidates(tokens, objective, spec, options)
     if spec.granularity == "token":
         few = tokens.thinned(RANKING_TOKENS)
         candidates = _per_token([candidate for _, candidate in scored])
@@ -99,7 +100,9 @@ def search_activation(
     shortlist = scored[:EXACT_CANDIDATES]
     if not any(_on_int8_route(candidate) for _, candidate in shortlist):
         shortlist += [pair for pair in scored if _on_int8_route(pair[1])][:1]
-    best = _preferred([(exact(candidate), candidate) for _, candidate in shortlist], format_margin)
+    best = _preferred(
+        [(exact(candidate), candidate) for _, candidate in shortlist], options.format_margin
+    )
     for step in REFINEMENTS:
         for exponent in (step, -step):
             moved = replace(best[1], scale=best[1].scale * 2.0**exponent)
@@ -123,20 +126,25 @@ def _preferred(
 
 
 def _static_candidates(
-    tokens: Tokens, objective: ActivationError, spec: TensorSpec
+    tokens: Tokens, objective: ActivationError, spec: TensorSpec, options: SearchOptions
 ) -> list[tuple[float, ActivationQParams]]:
     """The best tensor-wise maxima of every format, each with its best shifts and their error."""
     formats = spec.candidates
     largest = {fmt.name: _largest_shift(fmt, spec) for fmt in formats}
     steps = STEPS_PER_OCTAVE[spec.bits]
     factors = clip_factors(steps, OCTAVES_BELOW + max(largest.values()))
-    maxima = tokens.x.abs().amax() * factors
+    absmax = tokens.x.abs().amax(dim=0)
+    maxima = absmax.amax() * factors
     kept = []
     for fmt, table in zip(formats, tokens.error_tables(maxima, formats), strict=True):
-        found = [
-            _best_shifts(table, objective, fmt, position, steps, largest[fmt.name], maximum)
-            for position, maximum in enumerate(maxima)
-        ]
+        found = []
+        for position, maximum in enumerate(maxima):
+            # Row t: the errors of every channel if it is shifted by t.
+            rows = list(range(position, -1, -steps)[: largest[fmt.name] + 1])
+            ratio = absmax / maximum if options.shift_choice == "maximum" else None
+            error, shift = _best_shifts(table[rows], objective, ratio)
+            scale = scale_for_max(maximum, fmt)
+            found.append((error, ActivationQParams(fmt.name, "tensor", scale, shift)))
         found.sort(key=lambda pair: pair[0])
         kept += found[:EXACT_CANDIDATES]
     return kept
@@ -147,20 +155,18 @@ def _largest_shift(fmt: FloatFormat, spec: TensorSpec) -> int:
 
 
 def _best_shifts(
-    table: Tensor,
-    objective: ActivationError,
-    fmt: FloatFormat,
-    position: int,
-    steps: int,
-    largest: int,
-    maximum: Tensor,
-) -> tuple[float, ActivationQParams]:
-    """(error, candidate) of the tensor-wise ``maximum`` at ``position`` of the table."""
-    rows = [position - steps * t for t in range(largest + 1) if position >= steps * t]
-    errors, shift = table[rows].min(dim=0)
-    kept_shift = shift.to(torch.int8) if bool(shift.any()) else None
-    candidate = ActivationQParams(fmt.name, "tensor", scale_for_max(maximum, fmt), kept_shift)
-    return float(errors @ objective.diagonal), candidate
+    errors: Tensor, objective: ActivationError, ratio: Tensor | None
+) -> tuple[float, Tensor | None]:
+    """(error, int8 shifts ``[K]`` or None) of least error by ``errors`` ``[shifts, K]``; with
+    ``ratio`` ``[K]``, of channel maxima to the tensor's, the least shifts that clip nothing.
+    """
+    if ratio is None:
+        of_channel, shift = errors.min(dim=0)
+    else:
+        shift = ratio.clamp_min(TINY).log2().ceil().clamp(0, len(errors) - 1).to(torch.int64)
+        of_channel = errors.gather(0, shift[None])[0]
+    error = float(of_channel @ objective.diagonal)
+    return error, shift.to(torch.int8) if bool(shift.any()) else None
 
 
 def _per_token(static: Sequence[ActivationQParams]) -> list[ActivationQParams]:

@@ -153,10 +153,15 @@ def _transforms(problem: GroupProblem, tokens: Tokens) -> list[tuple[Tensor | No
     """(exponent shift, rotation) to choose from."""
     if problem.decided:
         return [(None, 1)]  # the weight was quantized as it is
-    shift = _balancing_shift(problem, tokens)
-    channels = len(shift)
-    sizes = {largest_rotation(channels, limit) for limit in ROTATIONS}
-    return [(None, 1), (shift, 1), *((shift, size) for size in sorted(sizes) if size > 1)]
+    options, channels = problem.options, tokens.x.shape[1]
+    shift = _balancing_shift(problem, tokens) if options.balance else None
+    sizes = {
+        largest_rotation(channels, min(limit, options.largest_rotation)) for limit in ROTATIONS
+    }
+    plain: list[tuple[Tensor | None, int]] = (
+        [(None, 1)] if shift is None else [(None, 1), (shift, 1)]
+    )
+    return [*plain, *((shift, size) for size in sorted(sizes) if size > 1)]
 
 
 def _balancing_shift(problem: GroupProblem, tokens: Tokens) -> Tensor:

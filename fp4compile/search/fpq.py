@@ -141,4 +141,4 @@ def _search_activation(
         full.append(weight / power.clamp_min(TINY).sqrt())
         quantized.append(dequantized(weight, weights[name]) / power.clamp_min(TINY).sqrt())
     objective = ActivationError(torch.cat(full), torch.cat(quantized), len(full))
-    return search_activation(tokens, objective, spec, problem.options.format_margin)
+    return search_activation(tokens, objective, spec, problem.options)

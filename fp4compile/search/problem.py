@@ -11,27 +11,37 @@ from fp4compile.errors import SpecError
 from fp4compile.qparams import QuantSpec, Statistics, WeightQParams
 
 ROUNDINGS = ("compensated", "nearest")
+SHIFT_CHOICES = ("error", "maximum")
 
 
 @dataclass(frozen=True)
 class SearchOptions:
     """What a search does beyond formats and scales; the defaults are what measured best.
 
-    ``rounding``: ``"compensated"`` (GPTQ) or ``"nearest"`` (the paper). ``rounds``: how often
-    weights and activations are searched in turn. ``sink_power``: tokens count by
-    ``1 / (power + sink_power * mean power)`` of their output; infinity counts all the same.
-    ``format_margin``: an activation format that runs on the int8 route is preferred while its
-    error is at most ``1 + format_margin`` times the best one's.
+    ``rounding``: ``"compensated"`` (GPTQ) or ``"nearest"`` (the paper). ``shift_choice``: exponent
+    shifts of an activation by each channel's ``"error"`` or by its ``"maximum"`` (the paper).
+    ``rounds``: how often weights and activations are searched in turn. ``sink_power``: tokens
+    count by ``1 / (power + sink_power * mean power)`` of their output; infinity counts all the
+    same. ``format_margin``: an activation format that runs on the int8 route is preferred while
+    its error is at most ``1 + format_margin`` times the best one's.
+
+    Of ``method="best"`` only: ``largest_rotation``, the largest Hadamard matrix (1 for none), and
+    ``balance``, whether exponent shifts move from activations into weights.
     """
 
     rounding: str = "compensated"
+    shift_choice: str = "error"
     rounds: int = 3
     sink_power: float = 1.0
     format_margin: float = 0.1
+    largest_rotation: int = 512
+    balance: bool = True
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
             raise SpecError(f"rounding {self.rounding!r} is not one of {ROUNDINGS}")
+        if self.shift_choice not in SHIFT_CHOICES:
+            raise SpecError(f"shift_choice {self.shift_choice!r} is not one of {SHIFT_CHOICES}")
         if self.rounds < 1 or self.sink_power < 0 or self.format_margin < 0:
             raise SpecError(f"rounds must be at least 1 and the rest not negative, got {self}")
 

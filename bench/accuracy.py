@@ -1,0 +1,158 @@
+"""Perplexity, layer errors, time and memory of quantizing the demo model in many ways.
+
+Each configuration runs in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+import fp4compile
+from fp4compile.batches import bundled
+from fp4compile.demo_model import load_demo_model
+from fp4compile.evaluate import perplexity
+from fp4compile.qparams import QuantSpec, TensorSpec
+from fp4compile.search import SearchOptions
+
+TOKENS = 8176
+PAPER = SearchOptions("nearest", "maximum", sink_power=float("inf"), format_margin=0.0)
+NEAREST = SearchOptions(rounding="nearest")
+
+
+def _spec(preset: str) -> QuantSpec:
+    name, _, token = preset.partition("-")
+    spec = QuantSpec.preset(name)
+    return spec.per_token() if token == "token" else spec
+
+
+def _nvfp4() -> QuantSpec:
+    block = TensorSpec(4, ("e2m1",), "block", block_size=16)
+    return QuantSpec(block, block, block)
+
+
+def _per_channel_weights(preset: str) -> QuantSpec:
+    """Naming the formats keeps ``best`` from taking block scales."""
+    spec = _spec(preset)
+    weight = replace(spec.weight, formats=("e2m1", "e1m2"))
+    assert spec.activation is not None
+    activation = replace(spec.activation, formats=("e2m1", "e1m2"))
+    return QuantSpec(weight, activation, weight)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to quantize; ``method`` None keeps full precision."""
+
+    spec: QuantSpec
+    method: str | None
+    options: SearchOptions = field(default_factory=SearchOptions)
+    sequential: bool = False
+
+
+CONFIGURATIONS: dict[str, Configuration] = {
+    "full precision": Configuration(_spec("w4a4"), None),
+    "w4a4 minmax": Configuration(_spec("w4a4"), "minmax"),
+    "w4a4 fpq_baseline": Configuration(_spec("w4a4"), "fpq_baseline", PAPER),
+    "w4a4 fpq as in the paper": Configuration(_spec("w4a4"), "fpq", PAPER),
+    "w4a4 fpq, rounded to nearest": Configuration(_spec("w4a4"), "fpq", NEAREST),
+    "w4a4 fpq": Configuration(_spec("w4a4"), "fpq"),
+    "w4a4 fpq, sequential": Configuration(_spec("w4a4"), "fpq", sequential=True),
+    "w4a4 fpq, per token": Configuration(_spec("w4a4-token"), "fpq"),
+    "w4a8 fpq": Configuration(_spec("w4a8"), "fpq"),
+    "w4a16 fpq": Configuration(_spec("w4a16"), "fpq"),
+    "w6a6 fpq": Configuration(_spec("w6a6"), "fpq"),
+    "w8a8 fpq": Configuration(_spec("w8a8"), "fpq"),
+    "NVFP4, rounded to nearest": Configuration(_nvfp4(), "minmax"),
+    "w4a4 best": Configuration(_spec("w4a4"), "best"),
+    "w4a4 best, rounded to nearest": Configuration(_spec("w4a4"), "best", NEAREST),
+    "w4a4 best, no rotation": Configuration(
+        _spec("w4a4"), "best", SearchOptions(largest_rotation=1)
+    ),
+    "w4a4 best, no shifts": Configuration(_spec("w4a4"), "best", SearchOptions(balance=False)),
+    "w4a4 best, scales per channel and token": Configuration(
+        _per_channel_weights("w4a4-token"), "best"
+    ),
+    "w4a8 best": Configuration(_spec("w4a8"), "best"),
+    "w4a16 best": Configuration(_spec("w4a16"), "best"),
+}
+
+
+@dataclass(frozen=True)
+class AccuracyResult:
+    """``layer_errors``: median relative output error by the last module name of the weight.
+    ``peak_bytes`` of the process until the model was quantized, of which ``model_bytes`` is the
+    model in float32.
+    """
+
+    name: str
+    perplexity: float
+    tokens: int
+    bits_per_weight: float
+    seconds: float
+    peak_bytes: int
+    model_bytes: int
+    threads: int
+    layer_errors: dict[str, float]
+
+
+def run(names: Sequence[str], threads: int, tokens: int) -> Iterator[AccuracyResult]:
+    """A result per configuration, each measured in a new process."""
+    for name in names:
+        command = [sys.executable, "-m", "bench.accuracy", name, str(threads), str(tokens)]
+        output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+        yield AccuracyResult(**json.loads(output.splitlines()[-1]))
+
+
+def measure(name: str, tokens: int) -> AccuracyResult:
+    """Quantize and evaluate in this process."""
+    configuration = CONFIGURATIONS[name]
+    model, tokenizer = load_demo_model(None, torch.float32)
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    start = time.perf_counter()
+    if configuration.method is not None:
+        fp4compile.quantize(
+            model,
+            spec=configuration.spec,
+            method=configuration.method,
+            search=configuration.options,
+            sequential=configuration.sequential,
+            tokenizer=tokenizer,
+        )
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ids = tokenizer(bundled("heldout.txt"), add_special_tokens=False, return_tensors="pt").input_ids
+    result = perplexity(model, ids, max_tokens=tokens, progress=True)
+    report: Any = getattr(model, "fp4_report", None)
+    return AccuracyResult(
+        name,
+        result.perplexity,
+        result.tokens,
+        16.0 if report is None else report.bits_per_weight,
+        seconds,
+        peak,
+        model_bytes,
+        torch.get_num_threads(),
+        {} if report is None else _layer_errors(report),
+    )
+
+
+def _layer_errors(report: Any) -> dict[str, float]:
+    by_kind: dict[str, list[float]] = {}
+    for site in report.sites:
+        by_kind.setdefault(site.name.split(".")[-2], []).append(site.error)
+    return {kind: median(errors) for kind, errors in by_kind.items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    print(json.dumps(asdict(measure(sys.argv[1], int(sys.argv[3])))))
