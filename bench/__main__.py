@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bench import accuracy as accuracy_bench
 from bench import gemm as gemm_bench
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -45,6 +47,33 @@ def gemm(
         if json_path is not None:
             with json_path.open("a") as lines:
                 lines.write(json.dumps(result.to_json()) + "\n")
+
+
+@app.command()
+def accuracy(
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="A configuration; repeatable. All without.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads.")] = 2,
+    tokens: Annotated[int, typer.Option(help="Tokens of WikiText-2 test to score.")] = (
+        accuracy_bench.TOKENS
+    ),
+    json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
+) -> None:
+    """SmolLM2-135M quantized in many ways: perplexity, layer errors, time and peak memory."""
+    known = list(accuracy_bench.CONFIGURATIONS)
+    unknown = [name for name in only or () if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"{unknown} are no configurations; there are {known}")
+    for result in accuracy_bench.run(only or known, threads, tokens):
+        errors = ", ".join(f"{kind} {error:.4f}" for kind, error in result.layer_errors.items())
+        typer.echo(
+            f"{result.name:<42}{result.perplexity:9.2f}  {result.bits_per_weight:5.2f} bits"
+            f"{result.seconds:7.0f} s  peak {result.peak_bytes / 2**30:.2f} GiB  {errors}"
+        )
+        if json_path is not None:
+            with json_path.open("a") as lines:
+                lines.write(json.dumps(asdict(result)) + "\n")
 
 
 if __name__ == "__main__":

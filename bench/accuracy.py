@@ -27,6 +27,9 @@ from fp4compile.search import SearchOptions
 TOKENS = 8176
 PAPER = SearchOptions("nearest", "maximum", sink_power=float("inf"), format_margin=0.0)
 NEAREST = SearchOptions(rounding="nearest")
+EQUAL_TOKENS = SearchOptions(sink_power=float("inf"))
+# How the paper's code was run on this model: 2 sequences of 128 tokens of the calibration text.
+REFERENCE_SEQUENCES, REFERENCE_LENGTH = 2, 128
 
 
 def _spec(preset: str) -> QuantSpec:
@@ -51,12 +54,15 @@ def _per_channel_weights(preset: str) -> QuantSpec:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to quantize; ``method`` None keeps full precision."""
+    """One way to quantize; ``method`` None keeps full precision. ``reference_inputs``: calibrated
+    on what the paper's code was calibrated on.
+    """
 
     spec: QuantSpec
     method: str | None
     options: SearchOptions = field(default_factory=SearchOptions)
     sequential: bool = False
+    reference_inputs: bool = False
 
 
 CONFIGURATIONS: dict[str, Configuration] = {
@@ -72,6 +78,12 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "w4a16 fpq": Configuration(_spec("w4a16"), "fpq"),
     "w6a6 fpq": Configuration(_spec("w6a6"), "fpq"),
     "w8a8 fpq": Configuration(_spec("w8a8"), "fpq"),
+    "w4a4 fpq_baseline on the reference's inputs": Configuration(
+        _spec("w4a4"), "fpq_baseline", EQUAL_TOKENS, reference_inputs=True
+    ),
+    "w4a4 fpq on the reference's inputs": Configuration(
+        _spec("w4a4"), "fpq", EQUAL_TOKENS, reference_inputs=True
+    ),
     "NVFP4, rounded to nearest": Configuration(_nvfp4(), "minmax"),
     "w4a4 best": Configuration(_spec("w4a4"), "best"),
     "w4a4 best, rounded to nearest": Configuration(_spec("w4a4"), "best", NEAREST),
@@ -122,6 +134,7 @@ def measure(name: str, tokens: int) -> AccuracyResult:
     if configuration.method is not None:
         fp4compile.quantize(
             model,
+            _reference_inputs(tokenizer) if configuration.reference_inputs else None,
             spec=configuration.spec,
             method=configuration.method,
             search=configuration.options,
@@ -144,6 +157,13 @@ def measure(name: str, tokens: int) -> AccuracyResult:
         torch.get_num_threads(),
         {} if report is None else _layer_errors(report),
     )
+
+
+def _reference_inputs(tokenizer: Any) -> list[torch.Tensor]:
+    ids = tokenizer(
+        bundled("calibration.txt"), add_special_tokens=False, return_tensors="pt"
+    ).input_ids
+    return [ids[0, : REFERENCE_SEQUENCES * REFERENCE_LENGTH].view(-1, REFERENCE_LENGTH)]
 
 
 def _layer_errors(report: Any) -> dict[str, float]:

@@ -27,6 +27,7 @@ class SiteReport:
     weight_format: str
     activation_format: str | None
     granularity: str | None
+    rotation: int
     shifted_channels: int
     shift_folded_into: str | None
     error: float
@@ -111,7 +112,8 @@ def _site_report(rewrite: Rewrite, site: Site, producer: str | None) -> SiteRepo
         weight_format=decision.weight.format,
         activation_format=None if activation is None else activation.format,
         granularity=None if activation is None else activation.granularity,
-        shifted_channels=0 if shift is None else int((shift > 0).sum()),
+        rotation=1 if activation is None else activation.rotation,
+        shifted_channels=0 if shift is None else int((shift != 0).sum()),
         shift_folded_into=producer,
         error=decision.error,
         minmax_error=decision.minmax_error,

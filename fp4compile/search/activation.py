@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fp4compile.formats import FloatFormat, by_name
+from fp4compile.formats import FloatFormat, alternatives
 from fp4compile.numerics import scale_for_max
 from fp4compile.qparams import ActivationQParams, TensorSpec
 from fp4compile.search.candidates import apply_activation
@@ -32,6 +32,7 @@ TOKEN_CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 EXACT_CANDIDATES = 4
 # Then the best clipping is refined by these exponents.
 REFINEMENTS = (1 / 16, 1 / 32)
+TABLE_TOKENS = 4096
 RANKING_TOKENS = 512
 EXACT_TOKENS = 1024
 
@@ -100,7 +101,7 @@ def search_activation(
     shortlist = scored[:EXACT_CANDIDATES]
     if not any(_on_int8_route(candidate) for _, candidate in shortlist):
         shortlist += [pair for pair in scored if _on_int8_route(pair[1])][:1]
-    best = _preferred(
+    best = preferred(
         [(exact(candidate), candidate) for _, candidate in shortlist], options.format_margin
     )
     for step in REFINEMENTS:
@@ -111,12 +112,13 @@ def search_activation(
 
 
 def _on_int8_route(candidate: ActivationQParams) -> bool:
-    return by_name(candidate.format).fits_int8
+    return all(fmt.fits_int8 for fmt in alternatives(candidate.format))
 
 
-def _preferred(
+def preferred(
     scored: Sequence[tuple[float, ActivationQParams]], margin: float
 ) -> tuple[float, ActivationQParams]:
+    """The best pair, or the best on the int8 route if its error is within ``margin`` of it."""
     best = min(scored, key=lambda pair: pair[0])
     fast = [pair for pair in scored if _on_int8_route(pair[1])]
     if not fast:
@@ -136,7 +138,7 @@ def _static_candidates(
     absmax = tokens.x.abs().amax(dim=0)
     maxima = absmax.amax() * factors
     kept = []
-    for fmt, table in zip(formats, tokens.error_tables(maxima, formats), strict=True):
+    for fmt, table in zip(formats, tokens.error_tables(maxima, formats, TABLE_TOKENS), strict=True):
         found = []
         for position, maximum in enumerate(maxima):
             # Row t: the errors of every channel if it is shifted by t.

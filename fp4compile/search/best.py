@@ -18,6 +18,7 @@ from fp4compile.blocks import outer_scale
 from fp4compile.numerics import scale_for_max
 from fp4compile.operand import largest_rotation, transformed
 from fp4compile.qparams import ActivationQParams, QuantSpec, SiteQParams, TensorSpec, WeightQParams
+from fp4compile.search.activation import preferred
 from fp4compile.search.candidates import ERROR_TOKENS, accepted, blocked_weight, output_errors
 from fp4compile.search.embedding import lookup_moment
 from fp4compile.search.gptq import compensated
@@ -79,7 +80,7 @@ def best(problem: GroupProblem) -> dict[str, SiteQParams]:
         )
         for name, weight in problem.weights.items()
     }
-    return accepted(problem, held_out, (weights, activation))
+    return accepted(problem, held_out, [weights], activation)
 
 
 def best_embedding(
@@ -146,7 +147,7 @@ def _choose_activation(
             }
             error = sum(output_errors(few, some, weights, candidate).values())
             scored.append((error, candidate))
-    return min(scored, key=lambda pair: pair[0])[1]
+    return preferred(scored, problem.options.format_margin)[1]
 
 
 def _transforms(problem: GroupProblem, tokens: Tokens) -> list[tuple[Tensor | None, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -117,14 +117,26 @@ def output_errors(
     return errors
 
 
-def accepted(problem: GroupProblem, held_out: Tokens, found: Decision) -> dict[str, SiteQParams]:
-    """``found`` if its errors on ``held_out`` are less than those of min-max, else min-max."""
-    errors = output_errors(problem, held_out, *found)
-    base_decision = minmax_decision(problem)
-    base = output_errors(problem, held_out, *base_decision)
+def accepted(
+    problem: GroupProblem,
+    held_out: Tokens,
+    candidates: Sequence[Mapping[str, WeightQParams]],
+    activation: ActivationQParams | None,
+) -> dict[str, SiteQParams]:
+    """The best of ``candidates`` for every weight on ``held_out``; all of min-max instead if that
+    has less error.
+    """
+    scored = [output_errors(problem, held_out, weights, activation) for weights in candidates]
+    best = {
+        name: min(range(len(scored)), key=lambda index, name=name: scored[index][name])
+        for name in problem.weights
+    }
+    weights = {name: candidates[index][name] for name, index in best.items()}
+    errors = {name: scored[index][name] for name, index in best.items()}
+    base_weights, base_activation = minmax_decision(problem)
+    base = output_errors(problem, held_out, base_weights, base_activation)
     if sum(errors.values()) > sum(base.values()):
-        found, errors = base_decision, base
-    weights, activation = found
+        weights, activation, errors = base_weights, base_activation, base
     return {
         name: SiteQParams(weights[name], activation, errors[name], base[name])
         for name in problem.weights

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fp4compile.errors import SpecError
 from fp4compile.formats import FloatFormat, by_name
@@ -31,6 +32,8 @@ from fp4compile.search.weight import OutputError, search_weight
 from fp4compile.weights import dequantized
 
 OBJECTIVE_TOKENS = 1024
+# The scales of a row are few choices; moments of so many tokens decide them as well as all.
+MOMENT_TOKENS = 2048
 
 
 def minmax(problem: GroupProblem) -> dict[str, SiteQParams]:
@@ -60,10 +63,11 @@ def fpq(problem: GroupProblem) -> dict[str, SiteQParams]:
         for name in problem.tied - problem.decided.keys()
     }
     problem = replace(problem, decided={**problem.decided, **tied})
-    found = _alternate(problem, train, OutputError.of_inputs(moment))
+    weights, activation = _alternate(problem, train, OutputError.of_inputs(moment))
+    candidates = [weights]
     if problem.options.rounding == "compensated":
-        found = _compensated(problem, held_out, OutputError.of_inputs(moment), found)
-    return accepted(problem, held_out, found)
+        candidates.append(_compensated(problem, moment, weights))
+    return accepted(problem, held_out, candidates, activation)
 
 
 def _check(problem: GroupProblem) -> None:
@@ -88,30 +92,24 @@ def _alternate(problem: GroupProblem, tokens: Tokens, objective: OutputError) ->
             break
         best = (error, (weights, activation))
         if not last:
-            x_hat = tokens.scaled(apply_activation(tokens.x, activation))
-            seen = OutputError.of_samples(x_hat, tokens.scaled(tokens.x))
+            some = tokens.thinned(MOMENT_TOKENS)
+            x_hat = some.scaled(apply_activation(some.x, activation))
+            seen = OutputError.of_samples(x_hat, some.scaled(some.x))
             weights = _search_weights(problem, seen, None, weights)
     assert best is not None
     return best[1]
 
 
 def _compensated(
-    problem: GroupProblem, held_out: Tokens, objective: OutputError, found: Decision
-) -> Decision:
-    """Error-compensated rounding of every weight for which that is better on held-out tokens."""
-    weights, activation = found
-    rounded = {
+    problem: GroupProblem, moment: Tensor, weights: Mapping[str, WeightQParams]
+) -> dict[str, WeightQParams]:
+    """The same scales with error-compensated rounding; weights decided before stay."""
+    return {
         name: qparams
         if name in problem.decided
-        else compensated(problem.weights[name], objective.quantized_moment, qparams)
+        else compensated(problem.weights[name], moment, qparams)
         for name, qparams in weights.items()
     }
-    before = output_errors(problem, held_out, weights, activation)
-    after = output_errors(problem, held_out, rounded, activation)
-    chosen = {
-        name: rounded[name] if after[name] < before[name] else weights[name] for name in weights
-    }
-    return chosen, activation
 
 
 def _search_weights(

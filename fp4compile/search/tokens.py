@@ -28,18 +28,21 @@ class Tokens:
     weight: Tensor
     _tables: dict[Any, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
-    def error_tables(self, maxima: Tensor, formats: Sequence[FloatFormat]) -> list[Tensor]:
-        """``[len(maxima), K]`` per format: weighted mean squared error of every channel, computed
-        once.
+    def error_tables(
+        self, maxima: Tensor, formats: Sequence[FloatFormat], size: int
+    ) -> list[Tensor]:
+        """``[len(maxima), K]`` per format: weighted mean squared error of every channel on about
+        ``size`` tokens, computed once.
         """
         key = (tuple(fmt.name for fmt in formats), tuple(maxima.tolist()))
         if key not in self._tables:
-            self._tables[key] = channel_errors(self.x, self.weight, maxima, formats)
+            some = self.thinned(size)
+            self._tables[key] = channel_errors(some.x, some.weight, maxima, formats)
         return self._tables[key]
 
     def thinned(self, size: int) -> Tokens:
         """About ``size`` of them, evenly spaced."""
-        step = max(1, len(self.x) // size)
+        step = max(1, round(len(self.x) / size))
         return Tokens(self.x[::step], self.weight[::step])
 
     def scaled(self, x: Tensor) -> Tensor:

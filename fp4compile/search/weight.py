@@ -19,8 +19,8 @@ OCTAVES_BELOW = 1.125
 EXACT_CANDIDATES = 3
 # Then the best scale is refined by these exponents, halving the grid's step twice.
 REFINEMENTS = (1 / 16, 1 / 32)
-# A format whose error by the diagonal is this many times the best one's cannot win.
-HOPELESS = 1.5
+# Rows that a tensor's format is chosen on.
+FORMAT_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -67,29 +67,31 @@ def search_weight(
     Args:
         weight: float32 ``[N, K]``.
     """
-    ranked = [_rank_clipping(weight, objective, fmt) for fmt in formats]
-    promise = [float(candidates.diagonal_error.sum()) for candidates in ranked]
-    found = [
-        (fmt, *_best_of(weight, objective, fmt, candidates.scales))
-        for fmt, candidates, error in zip(formats, ranked, promise, strict=True)
-        if error <= HOPELESS * min(promise)
-    ]
-    fmt, scale, _ = min(found, key=lambda item: float(item[2].sum()))
+    fmt = formats[0] if len(formats) == 1 else _best_format(weight, objective, formats)
+    scale, error = _best_of(weight, objective, fmt, _shortlist(weight, objective, fmt))
     for step in REFINEMENTS:
-        scale, _ = _best_of(weight, objective, fmt, _around(scale, step))
+        around = torch.stack((scale * 2.0**step, scale * 2.0**-step))
+        moved, moved_error = _best_of(weight, objective, fmt, around)
+        scale = torch.where(moved_error < error, moved, scale)
+        error = torch.minimum(moved_error, error)
     return WeightQParams(fmt.name, scale)
 
 
-@dataclass(frozen=True)
-class _Candidates:
-    """``scales`` ``[candidates, N]`` and the least ``diagonal_error`` ``[N]`` among all tried."""
+def _best_format(
+    weight: Tensor, objective: OutputError, formats: Sequence[FloatFormat]
+) -> FloatFormat:
+    """The format of least error on some of the rows."""
+    some = weight[:: max(1, len(weight) // FORMAT_ROWS)]
 
-    scales: Tensor
-    diagonal_error: Tensor
+    def error(fmt: FloatFormat) -> float:
+        _, errors = _best_of(some, objective, fmt, _shortlist(some, objective, fmt))
+        return float(errors.sum())
+
+    return min(formats, key=error)
 
 
-def _rank_clipping(weight: Tensor, objective: OutputError, fmt: FloatFormat) -> _Candidates:
-    """The most promising scales of every row by the diagonal of the objective."""
+def _shortlist(weight: Tensor, objective: OutputError, fmt: FloatFormat) -> Tensor:
+    """The most promising scales ``[candidates, N]`` of every row by the objective's diagonal."""
     minmax = scale_for_max(weight.abs().amax(dim=1), fmt)
     factors = clip_factors(STEPS_PER_OCTAVE, OCTAVES_BELOW)
     errors = torch.stack(
@@ -98,11 +100,10 @@ def _rank_clipping(weight: Tensor, objective: OutputError, fmt: FloatFormat) -> 
             for f in factors
         ]
     )
-    least = errors.min(dim=0).values
     # Min-max stays a candidate whatever the diagonal says of it.
     errors[(factors == 1.0).nonzero()[0]] = -torch.inf
     shortlist = errors.topk(min(EXACT_CANDIDATES, len(factors)), dim=0, largest=False).indices
-    return _Candidates(minmax * factors[shortlist], least)
+    return minmax * factors[shortlist]
 
 
 def _best_of(
@@ -114,7 +115,3 @@ def _best_of(
     )
     error, index = errors.min(dim=0)
     return scales.gather(0, index[None])[0], error
-
-
-def _around(scale: Tensor, step: float) -> Tensor:
-    return torch.stack((scale, scale * 2.0**step, scale * 2.0**-step))
