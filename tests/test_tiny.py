@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from statistics import median
 
 import pytest
 import torch
@@ -60,6 +61,25 @@ def test_options_work_end_to_end(options):
         options = {"spec": fp4compile.QuantSpec.preset("w4a4").per_token()}
     model = fp4compile.quantize(tiny_llama(), DATA, progress=False, **options)
     assert relative_error(model, tiny_llama()) < BOUNDS["w4a4"]
+
+
+@pytest.mark.parametrize("spec", ["w4a4", "w4a8", "w4a16"])
+def test_best_beats_fpq_at_the_same_bits_and_its_recipe_repeats_it(spec, tmp_path):
+    best = fp4compile.quantize(tiny_llama(), DATA, spec, method="best", progress=False)
+    fpq = fp4compile.quantize(tiny_llama(), DATA, spec, progress=False)
+    errors = [[site.error for site in model.fp4_report.sites] for model in (best, fpq)]
+    assert median(errors[0]) < median(errors[1])
+    best.fp4_report.recipe.save(tmp_path / "recipe.json")
+    again = fp4compile.quantize(tiny_llama(), recipe=tmp_path / "recipe.json")
+    assert torch.equal(best(tokens(seed=9)).logits, again(tokens(seed=9)).logits)
+    assert torch.equal(best.lm_head.weight.dequantize(), again.lm_head.weight.dequantize())
+
+
+def test_a_recipe_without_its_codes_is_refused(w4a4, tmp_path):
+    w4a4.fp4_report.recipe.save(tmp_path / "recipe.json")
+    (tmp_path / "recipe.safetensors").unlink()
+    with pytest.raises(RecipeError, match="recipe.safetensors"):
+        fp4compile.quantize(tiny_llama(), recipe=tmp_path / "recipe.json")
 
 
 def test_the_graph_has_fp4_ops_where_the_linears_were(w4a4):
