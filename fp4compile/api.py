@@ -42,6 +42,9 @@ def quantize(
     ignore: Sequence[Selector] | None = None,
     sequential: bool = False,
     progress: bool = True,
+    max_memory: int | str | None = None,
+    calibration_dir: str | Path | None = None,
+    process_group: Any = None,
 ) -> nn.Module:
     """Quantize ``model`` in place to FP4 weights and activations, without training.
 
@@ -61,6 +64,13 @@ def quantize(
         sequential: calibrate each layer on the outputs of the already quantized ones, not on
             those of the full-precision model.
         progress: show a progress bar.
+        max_memory: what calibration may add to the memory in use: bytes, or text like ``"2GiB"``.
+            None: half of the RAM that is available. Beyond it, hidden states go to disk and the
+            search gets a smaller sample of tokens.
+        calibration_dir: a directory that keeps every decision as it is made; the same call with
+            the same directory goes on after an interruption, with the same result.
+        process_group: the processes that calibrate together, each called with the same
+            arguments; None: all, where torch.distributed is initialised.
 
     Returns:
         ``model`` itself, in eval mode, its parameters frozen. ``model.fp4_report`` tells what
@@ -71,7 +81,7 @@ def quantize(
     """
     started = time.monotonic()
     spec = QuantSpec.preset(spec) if isinstance(spec, str) else spec
-    search_method = by_method(method)
+    by_method(method)
     _check_model(model)
     with _evaluating(model), torch.no_grad():
         if recipe is None:
@@ -86,7 +96,16 @@ def quantize(
         graph = replace(graph, sites=sites, skipped={**graph.skipped, **left_out})
         if recipe is None:
             decided = decide(
-                model, graph, batches, spec, search_method, sequential=sequential, progress=progress
+                model,
+                graph,
+                batches,
+                spec,
+                method,
+                sequential=sequential,
+                progress=progress,
+                max_memory=max_memory,
+                calibration_dir=calibration_dir,
+                process_group=process_group,
             )
         else:
             decided = as_recipe(recipe).decisions(graph)
