@@ -32,11 +32,13 @@ UNITS = {
 DEFAULT_SHARE = 0.5
 FEWEST_TOKENS = 512
 
-# Peak of a group's search in float32 copies of its sample, weights and second moment: measured on
-# the fpq search, rounded up.
-SAMPLE_COPIES = 30
-WEIGHT_COPIES = 12
+# Peak of a group's search in float32 copies of its sample, weights and second moment, and in bytes
+# per channel for its table of candidate maxima by activation bits. Measured on the fpq search as
+# growth of the resident size (23, 25, 3; 112, 166, 390 KiB), rounded up; they may add up.
+SAMPLE_COPIES = 24
+WEIGHT_COPIES = 28
 MOMENT_COPIES = 4
+TABLE_BYTES = {0: 0, 4: 120 << 10, 6: 180 << 10, 8: 420 << 10}
 # Peak while batches are observed: the sample is copied when a batch joins it, and in a run of
 # several processes the previous group's sample waits for its round to end.
 OBSERVED_COPIES = 4
@@ -95,7 +97,8 @@ def plan_memory(
         limit = int(psutil.virtual_memory().available * DEFAULT_SHARE) // processes
     else:
         limit = parse_size(max_memory)
-    sizes = [_size_of(model, group, graph, batches) for group in graph.groups]
+    bits = 0 if spec.activation is None else spec.activation.bits
+    sizes = [_size_of(model, group, graph, batches, bits) for group in graph.groups]
     weights = {site.name: model.get_parameter(site.name).numel() for site in graph.sites}
     between, within = _forward_bytes(graph, batches)
     fixed = sum(weights.values()) * spec.weight.bits // 8 if sequential else 0
@@ -147,13 +150,15 @@ class _GroupSize:
     tokens: int
     channels: int
     weights: int
+    activation_bits: int
     tied: bool
 
     def search(self, sample_tokens: int) -> int:
         """Peak bytes of the group's search."""
         sample = min(sample_tokens, self.tokens) * self.channels
         copies = SAMPLE_COPIES * sample + WEIGHT_COPIES * self.weights
-        return FLOAT32 * (copies + MOMENT_COPIES * self.channels**2)
+        moments = MOMENT_COPIES * self.channels**2
+        return FLOAT32 * (copies + moments) + TABLE_BYTES[self.activation_bits] * self.channels
 
     def observed(self, sample_tokens: int) -> int:
         """Peak bytes while its input is observed."""
@@ -161,13 +166,16 @@ class _GroupSize:
         return FLOAT32 * (OBSERVED_COPIES * sample + (self.channels**2 if self.tied else 0))
 
 
-def _size_of(model: nn.Module, group: Group, graph: Graph, batches: Sequence[Batch]) -> _GroupSize:
+def _size_of(
+    model: nn.Module, group: Group, graph: Graph, batches: Sequence[Batch], bits: int
+) -> _GroupSize:
     value = group.input.meta["val"]
     channels = int(value.shape[-1])
     example = _elements([value]) // channels
     tokens = sum(round(example * share) for share in _shares(graph, batches))
     weights = sum(model.get_parameter(site.name).numel() for site in group.sites)
-    return _GroupSize(tokens, channels, weights, any(site.lookups for site in group.sites))
+    tied = any(site.lookups for site in group.sites)
+    return _GroupSize(tokens, channels, weights, bits, tied)
 
 
 def _forward_bytes(graph: Graph, batches: Sequence[Batch]) -> tuple[int, int]:
