@@ -202,6 +202,7 @@ def run_script(text: str, *launcher: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
     )
 
 
@@ -274,6 +275,9 @@ def test_a_failed_search_leaves_the_model_as_it_was(tmp_path, monkeypatch):
 
 # Several processes
 
+# What both runs are asked: the first layer and the tied head, by the full search.
+SHARED = {"targets": ["*layers.0.*", "*embed_tokens*"], "progress": False}
+
 WORKER = """
 import sys
 sys.path.insert(0, {here!r})
@@ -282,7 +286,7 @@ import torch.distributed as dist
 import fp4compile
 from fp4compile.errors import CalibrationDataError
 from models import tiny_llama
-from test_large import DATA
+from test_large import DATA, SHARED
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 try:
@@ -290,7 +294,7 @@ try:
 except CalibrationDataError as error:
     print("refused", error)
 for sequential in (False, True):
-    model = fp4compile.quantize(tiny_llama(), DATA, progress=False, sequential=sequential)
+    model = fp4compile.quantize(tiny_llama(), DATA, sequential=sequential, **SHARED)
     torch.save(model.fp4_report.recipe.sites, f"{folder}/{{rank}}-{{sequential}}.pt")
 dist.destroy_process_group()
 """
@@ -300,15 +304,15 @@ dist.destroy_process_group()
 def test_two_processes_decide_what_one_does(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(here=str(HERE), folder=str(tmp_path)))
-    ran = run_script("", "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
-                     str(script))  # fmt: skip
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1")
+    ran = run_script("", *launcher, "--nproc-per-node=2", str(script))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("refused 1 calibration batches cannot be divided over 2") == 2
     for sequential in (False, True):
         first, second = (
             torch.load(tmp_path / f"{rank}-{sequential}.pt", weights_only=False) for rank in (0, 1)
         )
-        one = fp4compile.quantize(tiny_llama(), DATA, progress=False, sequential=sequential)
+        one = fp4compile.quantize(tiny_llama(), DATA, sequential=sequential, **SHARED)
         expected = one.fp4_report.recipe.sites
         assert first.keys() == second.keys() == expected.keys()
         for name, site in expected.items():
