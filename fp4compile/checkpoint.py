@@ -25,7 +25,9 @@ RUN_FILE = "run.json"
 # Evenly spaced elements of every parameter that enter its digest one by one; all enter its sum.
 DIGEST_ELEMENTS = 4096
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-DECISION_TYPES = [kind for kind in vars(qparams).values() if dataclasses.is_dataclass(kind)]
+DECISION_TYPES: list[Any] = [
+    kind for kind in vars(qparams).values() if dataclasses.is_dataclass(kind)
+]
 
 Decisions = Mapping[str, SiteQParams]
 

@@ -156,10 +156,10 @@ def _decide_groups(
                 run.keep(key, sites)
                 decided.update(sites)
         bar.advance(sum(map(cost, waiting)), len(waiting))
-        sites = [site for group in waiting for site in group.sites]
+        done = [site for group in waiting for site in group.sites]
         waiting.clear()
         problems.clear()
-        return _replacements(run.model, sites, decided) if sequential else {}
+        return _replacements(run.model, done, decided) if sequential else {}
 
     def cost(group: Group) -> int:
         return sum(run.model.get_parameter(site.name).numel() for site in group.sites)
@@ -220,9 +220,8 @@ def _decide_lookups(
     for site in sites:
         found = run.checkpoint.found.get(_lookup_key(site))
         if found is None:
-            found = run.processes.from_first(
-                lambda site=site: {site.name: _decide_lookup(run, site, moments.get(site.name))}
-            )
+            decide_it = partial(_decide_lookup, run, site, moments.get(site.name))
+            found = {site.name: run.processes.from_first(decide_it)}
             run.keep(_lookup_key(site), found)
         decided.update(found)
     return decided
