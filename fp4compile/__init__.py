@@ -6,6 +6,7 @@ from fp4compile.errors import Fp4CompileError
 from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report
+from fp4compile.search import SearchOptions
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "QuantSpec",
     "Recipe",
     "Report",
+    "SearchOptions",
     "TensorSpec",
     "load_lowerings",
     "quantize",

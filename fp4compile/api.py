@@ -22,7 +22,7 @@ from fp4compile.pipeline import decide
 from fp4compile.qparams import QuantSpec
 from fp4compile.recipe import Recipe, as_recipe
 from fp4compile.report import Report, make_report
-from fp4compile.search import by_method
+from fp4compile.search import SearchOptions, by_method
 from fp4compile.selection import Selector, select, without_embeddings
 from fp4compile.tensor import FP4Tensor
 from fp4compile.trace import trace
@@ -36,12 +36,16 @@ def quantize(
     spec: str | QuantSpec = "w4a4",
     *,
     method: str = "fpq",
+    search: SearchOptions | None = None,
     tokenizer: Any = None,
     recipe: Recipe | str | Path | None = None,
     targets: Sequence[Selector] | None = None,
     ignore: Sequence[Selector] | None = None,
     sequential: bool = False,
     progress: bool = True,
+    max_memory: int | str | None = None,
+    calibration_dir: str | Path | None = None,
+    process_group: Any = None,
 ) -> nn.Module:
     """Quantize ``model`` in place to FP4 weights and activations, without training.
 
@@ -52,7 +56,9 @@ def quantize(
             ``tokenizer``. None: a bundled English text (needs ``tokenizer``; a warning says so).
         spec: ``"w4a4"``, ``"w4a8"``, ``"w4a16"``, ``"w6a6"``, ``"w8a8"`` (bits of weights and
             activations; embedding and head follow the weights), or a :class:`QuantSpec`.
-        method: ``"fpq"`` (LLM-FP4), ``"fpq_baseline"`` (without exponent shifts) or ``"minmax"``.
+        method: ``"best"`` (block scales, rotation and exponent shifts), ``"fpq"`` (LLM-FP4),
+            ``"fpq_baseline"`` (without exponent shifts) or ``"minmax"``.
+        search: what the search does beyond that, see :class:`SearchOptions`.
         recipe: decisions of an earlier run (``model.fp4_report.recipe``, or a path to its JSON);
             nothing is calibrated or searched then.
         targets, ignore: which weights to quantize, and which not: globs on their names
@@ -61,6 +67,13 @@ def quantize(
         sequential: calibrate each layer on the outputs of the already quantized ones, not on
             those of the full-precision model.
         progress: show a progress bar.
+        max_memory: what calibration may add to the memory in use: bytes, or text like ``"2GiB"``.
+            None: half of the RAM that is available. Beyond it, hidden states go to disk and the
+            search gets a smaller sample of tokens.
+        calibration_dir: a directory that keeps every decision as it is made; the same call with
+            the same directory goes on after an interruption, with the same result.
+        process_group: the processes that calibrate together, each called with the same
+            arguments; None: all, where torch.distributed is initialised.
 
     Returns:
         ``model`` itself, in eval mode, its parameters frozen. ``model.fp4_report`` tells what
@@ -71,7 +84,7 @@ def quantize(
     """
     started = time.monotonic()
     spec = QuantSpec.preset(spec) if isinstance(spec, str) else spec
-    search_method = by_method(method)
+    by_method(method)
     _check_model(model)
     with _evaluating(model), torch.no_grad():
         if recipe is None:
@@ -86,7 +99,17 @@ def quantize(
         graph = replace(graph, sites=sites, skipped={**graph.skipped, **left_out})
         if recipe is None:
             decided = decide(
-                model, graph, batches, spec, search_method, sequential=sequential, progress=progress
+                model,
+                graph,
+                batches,
+                spec,
+                method,
+                search=search,
+                sequential=sequential,
+                progress=progress,
+                max_memory=max_memory,
+                calibration_dir=calibration_dir,
+                process_group=process_group,
             )
         else:
             decided = as_recipe(recipe).decisions(graph)

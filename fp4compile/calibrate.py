@@ -1,13 +1,16 @@
-"""Runs calibration batches through the traced graph, all batches one node at a time.
+"""Runs calibration batches through the traced graph, all batches one segment at a time.
 
 Breadth first, every batch reaches a group of sites before any batch passes it. Hence one pass
 over the network gives each group its statistics, only one group's statistics are ever held, and
-a group may be calibrated on what the already quantized part of the network produces.
+a group may be calibrated on what the already quantized part of the network produces. Within a
+segment the batches go one after the other, so only one of them has temporaries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,11 +18,20 @@ from torch.utils import _pytree as pytree
 
 from fp4compile.batches import Batch
 from fp4compile.errors import CalibrationDataError, NonFiniteError
+from fp4compile.hidden_states import HiddenStates
 from fp4compile.trace import Graph, Group
 
-# For a group and its inputs (one tensor [tokens, K] per batch): what to compute instead of some
-# nodes from now on; empty to go on in full precision.
-OnGroup = Callable[[Group, Sequence[Tensor]], Mapping[fx.Node, Callable[..., Tensor]]]
+# For a group and its inputs (one tensor [tokens, K] per batch, to be read once): what to compute
+# instead of some nodes from now on; empty to go on in full precision.
+OnGroup = Callable[[Group, Iterator[Tensor]], Mapping[fx.Node, Callable[..., Tensor]]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The nodes up to a group's input, each with the values that are dead after it."""
+
+    group: Group
+    steps: tuple[tuple[fx.Node, tuple[fx.Node, ...]], ...]
 
 
 class _BatchState(fx.Interpreter):
@@ -36,6 +48,9 @@ class _BatchState(fx.Interpreter):
         self.args_iter = iter(leaves)
         mask = batch[1].get("attention_mask")
         self.token_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        held = [*leaves, *graph.module.parameters(), *graph.module.buffers()]
+        self._resident = {_storage(value) for value in held if isinstance(value, Tensor)}
+        self._away: list[fx.Node] = []
 
     def step(self, node: fx.Node, replacement: Callable[..., Tensor] | None) -> None:
         if replacement is None:
@@ -52,42 +67,78 @@ class _BatchState(fx.Interpreter):
             return value[mask]
         return value.reshape(-1, value.shape[-1])
 
+    def release(self) -> list[Any]:
+        """Give up the values that take memory which neither the model nor the batch holds."""
+        self._away = [node for node, value in self.env.items() if self._takes_memory(value)]
+        return [self.env.pop(node) for node in self._away]
+
+    def restore(self, values: Sequence[Any]) -> None:
+        """Take back what :meth:`release` gave up."""
+        self.env.update(zip(self._away, values, strict=True))
+
+    def _takes_memory(self, value: Any) -> bool:
+        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        return any(_storage(tensor) not in self._resident for tensor in tensors)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
 
 def run_calibration(
     graph: Graph,
     batches: Sequence[Batch],
     on_group: OnGroup,
     on_start: Mapping[fx.Node, Callable[..., Tensor]] | None = None,
+    *,
+    groups: Sequence[Group] | None = None,
+    hidden: HiddenStates | None = None,
 ) -> None:
-    """Call ``on_group`` for every group of ``graph`` in order of execution.
+    """Call ``on_group`` for every one of ``groups`` (default: all) in order of execution.
 
     Args:
-        on_start: replacements that hold from the start (quantized embeddings).
+        on_start: replacements that hold from the start (what was decided before).
+        hidden: where the batches' values are kept between segments; default: all in memory.
 
     Raises:
         CalibrationDataError: a batch does not fit the traced forward.
         NonFiniteError: an input of a group holds NaN or infinity.
     """
     states = [_BatchState(graph, batch) for batch in batches]
-    pending = {group.input: group for group in graph.groups}
     replacements = dict(on_start or {})
-    for node, dead in _schedule(graph):
-        for state in states:
+    with hidden or HiddenStates() as store:
+        for segment in segments(graph, graph.groups if groups is None else groups):
+            inputs = _inputs(segment, states, replacements, store)
+            found = on_group(segment.group, inputs)
+            for _ in inputs:
+                pass  # whatever on_group left unread must still pass the segment
+            replacements.update(found)
+
+
+def _inputs(
+    segment: Segment,
+    states: Sequence[_BatchState],
+    replacements: Mapping[fx.Node, Callable[..., Tensor]],
+    hidden: HiddenStates,
+) -> Iterator[Tensor]:
+    """Run one batch after the other through the segment, yielding its tokens at the end."""
+    for index, state in enumerate(states):
+        state.restore(hidden.take(index))
+        for node, dead in segment.steps:
             state.step(node, replacements.get(node))
-        if node in pending:
-            group = pending.pop(node)
-            inputs = [state.tokens(node) for state in states]
-            _check_finite(group, inputs)
-            replacements.update(on_group(group, inputs))
-        for state in states:
+            if node is segment.group.input:
+                tokens = state.tokens(node)
             for old in dead:
                 del state.env[old]
+        hidden.put(index, state.release())
+        _check_finite(segment.group, index, tokens)
+        yield tokens
 
 
-def _schedule(graph: Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-    """The nodes that some group's input depends on, each with the values dead after it."""
+def segments(graph: Graph, groups: Sequence[Group]) -> Iterator[Segment]:
+    """The nodes that some group's input depends on, cut after each group's input."""
     needed: set[fx.Node] = set()
-    stack = [group.input for group in graph.groups]
+    stack = [group.input for group in groups]
     while stack:
         node = stack.pop()
         if node not in needed:
@@ -101,14 +152,18 @@ def _schedule(graph: Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
     dead: dict[fx.Node, list[fx.Node]] = {}
     for used, node in last_use.items():
         dead.setdefault(node, []).append(used)
+    pending = {group.input: group for group in groups}
+    steps: list[tuple[fx.Node, tuple[fx.Node, ...]]] = []
     for node in order:
-        yield node, dead.get(node, [])
+        steps.append((node, tuple(dead.get(node, ()))))
+        if node in pending:
+            yield Segment(pending[node], tuple(steps))
+            steps = []
 
 
-def _check_finite(group: Group, inputs: Sequence[Tensor]) -> None:
-    for index, x in enumerate(inputs):
-        if not bool(torch.isfinite(x).all()):
-            raise NonFiniteError(
-                f"calibration batch {index} produces NaN or infinity in the input of "
-                f"{group.sites[0].name}; check the batch and run the model in float32 or bfloat16"
-            )
+def _check_finite(group: Group, index: int, x: Tensor) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError(
+            f"calibration batch {index} produces NaN or infinity in the input of "
+            f"{group.sites[0].name}; check the batch and run the model in float32 or bfloat16"
+        )

@@ -27,6 +27,14 @@ class NonFiniteError(Fp4CompileError):
     """NaN or infinity was met in a weight or during calibration."""
 
 
+class MemoryLimitError(Fp4CompileError):
+    """``max_memory`` cannot be read, or is too little for this model."""
+
+
+class CheckpointError(Fp4CompileError):
+    """``calibration_dir`` belongs to another run, or a file of it cannot be read."""
+
+
 class TraceError(Fp4CompileError):
     """The model could not be exported, so its quantizable sites are unknown."""
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
-from tqdm.auto import tqdm
 
 from fp4compile.batches import Batch
-from fp4compile.calibrate import run_calibration
-from fp4compile.observers import observe
+from fp4compile.calibrate import OnGroup, run_calibration
+from fp4compile.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from fp4compile.distributed import Processes, processes_of
+from fp4compile.hidden_states import HiddenStates
+from fp4compile.memory import MemoryPlan, plan_memory
+from fp4compile.observers import watch
 from fp4compile.passes.plan import oriented
 from fp4compile.passes.swap_weights import fp4_weight
-from fp4compile.qparams import QuantSpec, SiteQParams
-from fp4compile.search import GroupProblem, SearchMethod, SearchOptions
+from fp4compile.progress import Progress
+from fp4compile.qparams import QuantSpec, SiteQParams, Statistics
+from fp4compile.search import GroupProblem, SearchMethod, SearchOptions, by_method
 from fp4compile.search.candidates import minmax_weight
 from fp4compile.trace import LINEAR_OPS, Graph, Group, Site
 from fp4compile.weights import dequantized
@@ -23,92 +29,214 @@ from fp4compile.weights import dequantized
 Replacements = dict[fx.Node, Callable[..., Tensor]]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from the first group to the last."""
+
+    model: nn.Module
+    graph: Graph
+    batches: Sequence[Batch]
+    spec: QuantSpec
+    method: SearchMethod
+    search: SearchOptions
+    memory: MemoryPlan
+    checkpoint: Checkpoint
+    processes: Processes
+
+    @property
+    def lookups(self) -> list[Site]:
+        return [site for site in self.graph.sites if site.lookups]
+
+    def calibrate(
+        self, groups: Sequence[Group], on_group: OnGroup, on_start: Replacements | None = None
+    ) -> None:
+        """Bring this process's batches to ``groups``."""
+        folder = self.checkpoint.folder
+        hidden = HiddenStates(
+            self.memory.hidden, folder and folder / f"hidden-{self.processes.rank}"
+        )
+        run_calibration(self.graph, self.batches, on_group, on_start, groups=groups, hidden=hidden)
+
+    def statistics(
+        self, inputs: Iterable[Tensor], owner: int, *, second_moment: bool = False
+    ) -> Statistics | None:
+        """What all processes saw of a group's input; None but in process ``owner``."""
+        observer = watch(
+            inputs,
+            self.memory.sample_tokens,
+            second_moment=second_moment,
+            first=self.processes.rank,
+            stride=self.processes.size,
+        )
+        self.processes.merge(observer, owner)
+        return observer.value if self.processes.rank == owner else None
+
+    def keep(self, key: str, decisions: Mapping[str, SiteQParams]) -> None:
+        if self.processes.rank == 0:
+            self.checkpoint.add(key, decisions)
+
+
 def decide(
     model: nn.Module,
     graph: Graph,
     batches: Sequence[Batch],
     spec: QuantSpec,
-    method: SearchMethod,
+    method: str,
     *,
-    options: SearchOptions | None = None,
+    search: SearchOptions | None = None,
     sequential: bool = False,
     progress: bool = True,
+    max_memory: int | str | None = None,
+    calibration_dir: str | Path | None = None,
+    process_group: Any = None,
 ) -> dict[str, SiteQParams]:
     """Run the batches through the graph; each group of sites is decided when they reach it.
 
     With ``sequential`` a decided group computes with its decision from then on, so later groups
-    are calibrated on what the quantized network produces.
+    are calibrated on what the quantized network produces. Otherwise as many groups as there are
+    processes are decided at a time, one by each.
     """
-    options = options or SearchOptions()
-    decided: dict[str, SiteQParams] = {}
-    if sequential:
-        decided = _decide_lookups_first(model, graph, batches, spec, method, options)
-    bar = tqdm(total=len(graph.groups), desc="calibrate", unit="group", disable=not progress)
+    search = search or SearchOptions()
+    processes = processes_of(process_group)
+    plan = plan_memory(
+        model,
+        graph,
+        batches,
+        spec,
+        max_memory,
+        sequential=sequential,
+        processes=processes.size,
+    )
+    # The sample must fit every process.
+    memory = replace(plan, sample_tokens=min(processes.gathered(plan.sample_tokens)))
+    options = {
+        "spec": spec,
+        "method": method,
+        "search": search,
+        "sequential": sequential,
+        "sample_tokens": memory.sample_tokens,
+        "processes": processes.size,
+    }
+    this = fingerprint(model, [site.name for site in graph.sites], batches, options)
+    processes.check_same(this)
+    checkpoint = processes.from_first(
+        lambda: open_checkpoint(None if calibration_dir is None else Path(calibration_dir), this)
+    )
+    part = processes.share(batches)
+    run = _Run(model, graph, part, spec, by_method(method), search, memory, checkpoint, processes)
+    decided = _decide_lookups_first(run) if sequential else {}
+    _decide_groups(run, decided, sequential=sequential, progress=progress)
+    return decided | _decide_lookups(run, [s for s in run.lookups if s.name not in decided], {})
 
-    def on_group(group: Group, inputs: Sequence[Tensor]) -> Replacements:
-        bar.set_postfix_str(group.sites[0].name)
-        problem = GroupProblem(
-            {site.name: oriented(model, site.name, site.transposed) for site in group.sites},
-            observe(inputs),
-            spec,
-            frozenset(site.name for site in group.sites if site.lookups),
-            {site.name: decided[site.name].weight for site in group.sites if site.name in decided},
-            options,
-        )
-        decided.update(method.search_group(problem))
-        bar.update()
-        return _replacements(model, group.sites, decided) if sequential else {}
 
-    lookups = [site for site in graph.sites if site.lookups]
-    with bar:
-        at_start = _replacements(model, lookups, decided) if sequential else {}
-        run_calibration(graph, batches, on_group, at_start)
-    for site in lookups:
-        if site.name not in decided:
-            decided[site.name] = _decide_lookup(model, site, spec, method, options, None)
-    return decided
+def _decide_groups(
+    run: _Run, decided: dict[str, SiteQParams], *, sequential: bool, progress: bool
+) -> None:
+    """Add the decisions for all groups to ``decided``."""
+    on_start = _replacements(run.model, run.lookups, decided) if sequential else {}
+    found = {group: run.checkpoint.found.get(_group_key(group)) for group in run.graph.groups}
+    for group, decisions in found.items():
+        if decisions is not None:
+            decided.update(decisions)
+            on_start |= _replacements(run.model, group.sites, decided) if sequential else {}
+    todo = [group for group, decisions in found.items() if decisions is None]
+    round_size = 1 if sequential else run.processes.size
+    waiting: list[Group] = []
+    problems: dict[Group, Statistics] = {}
+
+    def on_group(group: Group, inputs: Iterator[Tensor]) -> Replacements:
+        bar.at(group.sites[0].name)
+        statistics = run.statistics(inputs, owner=len(waiting))
+        waiting.append(group)
+        if statistics is not None:
+            problems[group] = statistics
+        return finish_round() if len(waiting) == round_size else {}
+
+    def finish_round() -> Replacements:
+        made = {
+            _group_key(group): _decide_group(run, group, statistics, decided)
+            for group, statistics in problems.items()
+        }
+        for decisions in run.processes.gathered(made):
+            for key, sites in decisions.items():
+                run.keep(key, sites)
+                decided.update(sites)
+        bar.advance(sum(map(cost, waiting)), len(waiting))
+        done = [site for group in waiting for site in group.sites]
+        waiting.clear()
+        problems.clear()
+        return _replacements(run.model, done, decided) if sequential else {}
+
+    def cost(group: Group) -> int:
+        return sum(run.model.get_parameter(site.name).numel() for site in group.sites)
+
+    with Progress(sum(map(cost, todo)), len(todo), show=progress) as bar:
+        run.calibrate(todo, on_group, on_start)
+        finish_round()
 
 
-def _decide_lookups_first(
-    model: nn.Module,
-    graph: Graph,
-    batches: Sequence[Batch],
-    spec: QuantSpec,
-    method: SearchMethod,
-    options: SearchOptions,
+def _group_key(group: Group) -> str:
+    return f"group-{group.input.name}"
+
+
+def _decide_group(
+    run: _Run, group: Group, statistics: Statistics, decided: Mapping[str, SiteQParams]
 ) -> dict[str, SiteQParams]:
+    problem = GroupProblem(
+        {site.name: oriented(run.model, site.name, site.transposed) for site in group.sites},
+        statistics,
+        run.spec,
+        frozenset(site.name for site in group.sites if site.lookups),
+        {site.name: decided[site.name].weight for site in group.sites if site.name in decided},
+        run.search,
+    )
+    return dict(run.method.search_group(problem))
+
+
+def _decide_lookups_first(run: _Run) -> dict[str, SiteQParams]:
     """Embeddings, before any group runs on their quantized rows. One that is tied to a head also
     weighs the head's error, for which the full-precision model is run once.
     """
-    lookups = [site for site in graph.sites if site.lookups]
+    todo = [site for site in run.lookups if _lookup_key(site) not in run.checkpoint.found]
+    tied = {site.name for site in todo if site.linears}
     moments: dict[str, Tensor] = {}
 
-    def observe_heads(group: Group, inputs: Sequence[Tensor]) -> Replacements:
-        for site in group.sites:
-            if site.lookups:
-                moments[site.name] = observe(inputs).second_moment
+    def on_group(group: Group, inputs: Iterator[Tensor]) -> Replacements:
+        statistics = run.statistics(inputs, owner=0, second_moment=True)
+        if statistics is not None:
+            moments.update({site.name: statistics.second_moment for site in group.sites})
         return {}
 
-    if any(site.linears for site in lookups):
-        run_calibration(graph, batches, observe_heads)
-    return {
-        site.name: _decide_lookup(model, site, spec, method, options, moments.get(site.name))
-        for site in lookups
-    }
+    heads = [group for group in run.graph.groups if any(s.name in tied for s in group.sites)]
+    if heads:
+        run.calibrate(heads, on_group)
+    return _decide_lookups(run, run.lookups, moments)
 
 
-def _decide_lookup(
-    model: nn.Module,
-    site: Site,
-    spec: QuantSpec,
-    method: SearchMethod,
-    options: SearchOptions,
-    head_moment: Tensor | None,
-) -> SiteQParams:
-    assert spec.embedding is not None  # embeddings are no sites otherwise
-    weight = oriented(model, site.name, site.transposed)
-    qparams = method.search_lookup(weight, spec.embedding, head_moment, options)
-    minmax = minmax_weight(weight, spec.embedding)
+def _decide_lookups(
+    run: _Run, sites: Sequence[Site], moments: Mapping[str, Tensor]
+) -> dict[str, SiteQParams]:
+    """The first process decides for all."""
+    decided: dict[str, SiteQParams] = {}
+    for site in sites:
+        found = run.checkpoint.found.get(_lookup_key(site))
+        if found is None:
+            decide_it = partial(_decide_lookup, run, site, moments.get(site.name))
+            found = {site.name: run.processes.from_first(decide_it)}
+            run.keep(_lookup_key(site), found)
+        decided.update(found)
+    return decided
+
+
+def _lookup_key(site: Site) -> str:
+    return f"lookup-{site.lookups[0].name}"
+
+
+def _decide_lookup(run: _Run, site: Site, head_moment: Tensor | None) -> SiteQParams:
+    assert run.spec.embedding is not None  # embeddings are no sites otherwise
+    weight = oriented(run.model, site.name, site.transposed)
+    qparams = run.method.search_lookup(weight, run.spec.embedding, head_moment, run.search)
+    minmax = minmax_weight(weight, run.spec.embedding)
     error, base = (
         float((dequantized(weight, found) - weight).square().sum() / weight.square().sum())
         for found in (qparams, minmax)

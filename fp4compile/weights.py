@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,25 @@ from fp4compile.numerics import quantize, steps_to_code
 from fp4compile.operand import working_weight
 from fp4compile.packing import pack, unpack_blocks, unpack_values
 from fp4compile.qparams import ActivationQParams, WeightQParams
+
+# Rows are independent: so many at a time bound the memory of what is done with a large weight.
+ROWS = 8192
+
+
+def row_parts(weight: Tensor, qparams: WeightQParams) -> Iterator[tuple[Tensor, WeightQParams]]:
+    """``weight`` ``[N, K]`` and its qparams, :data:`ROWS` rows at a time."""
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        yield (
+            weight[rows],
+            replace(
+                qparams,
+                # The outer scale of blocks is one for all rows.
+                scale=qparams.scale[rows] if qparams.block_scale is None else qparams.scale,
+                block_scale=None if qparams.block_scale is None else qparams.block_scale[rows],
+                packed=None if qparams.packed is None else qparams.packed[rows],
+            ),
+        )
 
 
 def for_activation(weight: Tensor, activation: ActivationQParams | None) -> Tensor:

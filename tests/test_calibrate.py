@@ -33,7 +33,8 @@ def test_inputs_are_those_of_the_modules():
     found = {}
 
     def on_group(group, inputs):
-        found.update({site.name: inputs[0] for site in group.sites})
+        x = next(inputs)
+        found.update({site.name: x for site in group.sites})
         return {}
 
     with torch.no_grad():
@@ -48,7 +49,7 @@ def test_replacements_change_what_later_groups_see():
     norms = []
 
     def on_group(group, inputs):
-        norms.append(float(inputs[0].abs().sum()))
+        norms.append(float(next(inputs).abs().sum()))
         linears = [node for site in group.sites for node in site.linears]
         return {node: lambda x, w, *_: torch.zeros(*x.shape[:-1], w.shape[0]) for node in linears}
 
@@ -69,7 +70,7 @@ def test_padded_tokens_do_not_count():
         run_calibration(
             graph,
             [call(1, attention_mask=mask)],
-            lambda _group, xs: counts.append(len(xs[0])) or {},
+            lambda _group, xs: counts.append(len(next(xs))) or {},
         )
     assert set(counts) == {4 * 24 - 14}
 

@@ -176,7 +176,7 @@ def test_compensated_rounding_works_in_blocks_and_in_parts_of_rows(monkeypatch):
     moment = x.t() @ x
     blocks = blocked_weight(weight, (by_name("e2m1"), by_name("e1m2")), 16, (1.0, 0.85))
     whole = compensated(weight, moment, blocks)
-    monkeypatch.setattr("fp4compile.search.gptq.ROWS", 16)
+    monkeypatch.setattr("fp4compile.weights.ROWS", 16)
     assert torch.equal(compensated(weight, moment, blocks).packed, whole.packed)
     objective = OutputError.of_inputs(moment)
     errors = [float(objective.rows(dequantized(weight, q), weight).sum()) for q in (blocks, whole)]

@@ -9,8 +9,8 @@ from torch import Tensor
 class AbsMaxObserver:
     """``value`` float32 ``[K]``: max over all tokens seen of ``|x[:, k]|``."""
 
-    def __init__(self, channels: int) -> None:
-        self.value = torch.zeros(channels)
+    def __init__(self, channels: int, device: torch.device | None = None) -> None:
+        self.value = torch.zeros(channels, device=device)
 
     def update(self, x: Tensor) -> None:
         """See tokens ``[T, K]``."""

@@ -13,8 +13,8 @@ class SecondMomentObserver:
     tokens: ``E|x (w_hat - w)|^2 = (w_hat - w) H (w_hat - w)^T`` with ``H = sum / tokens``.
     """
 
-    def __init__(self, channels: int) -> None:
-        self.sum = torch.zeros(channels, channels)
+    def __init__(self, channels: int, device: torch.device | None = None) -> None:
+        self.sum = torch.zeros(channels, channels, device=device)
         self.tokens = 0
 
     def update(self, x: Tensor) -> None:

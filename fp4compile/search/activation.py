@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fp4compile.formats import FloatFormat, alternatives
 from fp4compile.numerics import scale_for_max
-from fp4compile.qparams import ActivationQParams, TensorSpec
+from fp4compile.qparams import ActivationQParams, TensorSpec, WeightQParams
 from fp4compile.search.candidates import apply_activation
 from fp4compile.search.grid import clip_factors
 from fp4compile.search.problem import SearchOptions
 from fp4compile.search.tokens import TINY, Tokens
+from fp4compile.weights import dequantized, row_parts
 
 # Shifts beyond 2^7 between channels of one tensor are not worth their table rows.
 LARGEST_SHIFT = 7
@@ -39,43 +39,61 @@ EXACT_TOKENS = 1024
 
 @dataclass(frozen=True, eq=False)
 class ActivationError:
-    """Output error of a candidate ``x_hat`` for ``x``: ``|x_hat w_hat^T - x w^T|^2`` summed over
-    weighted tokens. ``weight`` and ``quantized_weight`` ``[N, K]`` are those of the whole group,
-    each of its ``sites`` divided by the root of its mean output power.
+    """Output error of a candidate ``x_hat`` for ``x``: ``|x_hat w_hat^T - x w^T|^2``, mean over
+    weighted tokens, summed over ``sites``, each divided by its mean output power.
+
+    ``gram`` ``[K, K]`` is ``w_hat^T w_hat`` and ``cross`` ``w_hat^T w`` of all sites' weights,
+    divided by the power; ``weights`` ``(w, w_hat)`` themselves, ``[N, K]``, where N < K makes them
+    cheaper.
     """
 
-    weight: Tensor
-    quantized_weight: Tensor
     sites: int
+    gram: Tensor
+    cross: Tensor
+    weights: tuple[Tensor, Tensor] | None
 
-    @cached_property
+    @classmethod
+    def of(
+        cls, tokens: Tokens, weights: Sequence[Tensor], qparams: Sequence[WeightQParams]
+    ) -> ActivationError:
+        """For the sites of one group; their output power is that on ``tokens``."""
+        channels = tokens.x.shape[1]
+        gram, cross = torch.zeros(2, channels, channels)
+        kept = []
+        keep = sum(len(weight) for weight in weights) < channels
+        for weight, decided in zip(weights, qparams, strict=True):
+            factor = tokens.mean_power(weight).clamp_min(TINY).rsqrt()
+            for rows, part in row_parts(weight, decided):
+                w, w_hat = rows * factor, dequantized(rows, part) * factor
+                gram.addmm_(w_hat.t(), w_hat)
+                cross.addmm_(w_hat.t(), w)
+                if keep:
+                    kept.append((w, w_hat))
+        both = tuple(torch.cat(side) for side in zip(*kept, strict=True)) if keep else None
+        return cls(len(weights), gram, cross, both)  # type: ignore[arg-type]  # two of them
+
+    @property
     def diagonal(self) -> Tensor:
-        """Squared norm of every column of ``quantized_weight``, ``[K]``."""
-        return self.quantized_weight.square().sum(dim=0)
-
-    @cached_property
-    def _grams(self) -> tuple[Tensor, Tensor]:
-        transposed = self.quantized_weight.t()
-        return transposed @ self.quantized_weight, transposed @ self.weight
+        """Squared norm of every column of the quantized weights, ``[K]``."""
+        return self.gram.diagonal()
 
     def exact_on(self, tokens: Tokens) -> Callable[[ActivationQParams], float]:
         """The error of a candidate on ``tokens``, relative to the output power of one site."""
         target = tokens.scaled(tokens.x)
-        rows, channels = self.weight.shape
-        if rows < channels:
-            y = target @ self.weight.t()
+        if self.weights is not None:
+            weight, quantized_weight = self.weights
+            y = target @ weight.t()
 
             def of_outputs(candidate: ActivationQParams) -> float:
                 x_hat = tokens.scaled(apply_activation(tokens.x, candidate))
-                return float((x_hat @ self.quantized_weight.t() - y).square().sum()) / len(y)
+                return float((x_hat @ quantized_weight.t() - y).square().sum()) / len(y)
 
             return of_outputs
-        gram, cross = self._grams
-        linear = 2 * target @ cross.t()
+        linear = 2 * target @ self.cross.t()
 
         def of_moments(candidate: ActivationQParams) -> float:
             x_hat = tokens.scaled(apply_activation(tokens.x, candidate))
-            return self.sites + float(((x_hat @ gram - linear) * x_hat).sum()) / len(x_hat)
+            return self.sites + float(((x_hat @ self.gram - linear) * x_hat).sum()) / len(x_hat)
 
         return of_moments
 

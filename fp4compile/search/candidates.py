@@ -14,7 +14,7 @@ from fp4compile.operand import round_operand, spread, transformed
 from fp4compile.qparams import ActivationQParams, SiteQParams, TensorSpec, WeightQParams
 from fp4compile.search.problem import GroupProblem
 from fp4compile.search.tokens import TINY, Tokens
-from fp4compile.weights import dequantized, for_activation
+from fp4compile.weights import ROWS, dequantized, for_activation, row_parts
 
 # The format of min-max per width: the OCP element types (MX specification, section 5.3).
 MINMAX_FORMATS = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
@@ -53,14 +53,13 @@ def blocked_weight(
     block_size: int,
     clips: tuple[float, ...] = (1.0,),
     channel_weight: Tensor | None = None,
-    rows: int = 4096,
 ) -> WeightQParams:
-    """Block scales of ``weight`` ``[N, K]``, ``rows`` at a time; see ``quantize_blocks``."""
+    """Block scales of ``weight`` ``[N, K]``; see ``quantize_blocks``."""
     outer = outer_scale(weight.abs().amax(), formats)
     name = "|".join(fmt.name for fmt in formats)
     parts = [
         quantize_blocks(part, outer, formats, block_size, clips, channel_weight)
-        for part in weight.split(rows)
+        for part in weight.split(ROWS)
     ]
     codes = torch.cat([part.scale_codes for part in parts])
     return WeightQParams(name, outer[None], codes, block_size)
@@ -108,13 +107,26 @@ def output_errors(
     some = tokens.thinned(ERROR_TOKENS)
     x = some.scaled(some.x)
     x_hat = x if activation is None else some.scaled(apply_activation(some.x, activation))
-    errors = {}
-    for name, weight in problem.weights.items():
-        y = x @ weight.t()
-        quantized = dequantized(for_activation(weight, activation), weights[name])
-        y_hat = x_hat @ quantized.t()
-        errors[name] = float((y_hat - y).square().sum() / y.square().sum().clamp_min(TINY))
-    return errors
+    return {
+        name: _output_error(x, x_hat, weight, weights[name], activation)
+        for name, weight in problem.weights.items()
+    }
+
+
+def _output_error(
+    x: Tensor,
+    x_hat: Tensor,
+    weight: Tensor,
+    qparams: WeightQParams,
+    activation: ActivationQParams | None,
+) -> float:
+    error = power = 0.0
+    for rows, part in row_parts(weight, qparams):
+        y = x @ rows.t()
+        power += float(y.square().sum())
+        y_hat = x_hat @ dequantized(for_activation(rows, activation), part).t()
+        error += float(y_hat.sub_(y).square().sum())
+    return error / max(power, TINY)
 
 
 def accepted(

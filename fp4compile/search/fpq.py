@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from fp4compile.errors import SpecError
@@ -27,9 +26,8 @@ from fp4compile.search.candidates import (
 from fp4compile.search.embedding import search_embedding
 from fp4compile.search.gptq import compensated
 from fp4compile.search.problem import GroupProblem
-from fp4compile.search.tokens import TINY, Tokens, split, weighted_tokens
+from fp4compile.search.tokens import Tokens, split, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
-from fp4compile.weights import dequantized
 
 OBJECTIVE_TOKENS = 1024
 # The scales of a row are few choices; moments of so many tokens decide them as well as all.
@@ -132,11 +130,7 @@ def _search_weights(
 def _search_activation(
     problem: GroupProblem, tokens: Tokens, weights: Mapping[str, WeightQParams], spec: TensorSpec
 ) -> ActivationQParams:
-    some = tokens.thinned(OBJECTIVE_TOKENS)
-    full, quantized = [], []
-    for name, weight in problem.weights.items():
-        power = some.scaled(some.x @ weight.t()).square().sum(dim=1).mean()
-        full.append(weight / power.clamp_min(TINY).sqrt())
-        quantized.append(dequantized(weight, weights[name]) / power.clamp_min(TINY).sqrt())
-    objective = ActivationError(torch.cat(full), torch.cat(quantized), len(full))
+    objective = ActivationError.of(
+        tokens.thinned(OBJECTIVE_TOKENS), list(problem.weights.values()), list(weights.values())
+    )
     return search_activation(tokens, objective, spec, problem.options)

@@ -15,14 +15,12 @@ from fp4compile.blocks import in_second_format, per_channel
 from fp4compile.formats import FloatFormat, alternatives
 from fp4compile.numerics import round_steps
 from fp4compile.qparams import WeightQParams
-from fp4compile.weights import channel_scales, steps_to_packed
+from fp4compile.weights import channel_scales, row_parts, steps_to_packed
 
 # Of the mean diagonal, added to the diagonal of the moment (the paper's value).
 DAMPING = 0.01
 # Columns whose compensation of later ones is gathered into one matrix product.
 LAZY_COLUMNS = 64
-# Rows are independent: so many at a time bound the memory.
-ROWS = 8192
 
 
 def compensated(weight: Tensor, moment: Tensor, qparams: WeightQParams) -> WeightQParams:
@@ -35,22 +33,9 @@ def compensated(weight: Tensor, moment: Tensor, qparams: WeightQParams) -> Weigh
     order, factor = _elimination(moment)
     parts = [
         steps_to_packed(_round_rows(rows, order, factor, part), part)
-        for rows, part in zip(weight.split(ROWS), _split_rows(qparams, len(weight)), strict=True)
+        for rows, part in row_parts(weight, qparams)
     ]
     return replace(qparams, packed=torch.cat(parts))
-
-
-def _split_rows(qparams: WeightQParams, rows: int) -> list[WeightQParams]:
-    scales = qparams.scale.split(ROWS) if len(qparams.scale) == rows else None
-    blocks = None if qparams.block_scale is None else qparams.block_scale.split(ROWS)
-    return [
-        replace(
-            qparams,
-            scale=qparams.scale if scales is None else scales[part],
-            block_scale=None if blocks is None else blocks[part],
-        )
-        for part in range(-(-rows // ROWS))
-    ]
 
 
 def _elimination(moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,10 @@ class Tokens:
         """``x`` with rows times the root of their weight, for sums of weighted squares."""
         return x * self.weight.sqrt()[:, None]
 
+    def mean_power(self, weight: Tensor) -> Tensor:
+        """Weighted mean of ``|x W^T|^2``, 0-d."""
+        return (output_power(self.x, weight) * self.weight).mean()
+
     def moment(self) -> Tensor:
         """Weighted second moment ``[K, K]``."""
         x = self.scaled(self.x)
@@ -62,12 +66,12 @@ def weighted_tokens(problem: GroupProblem) -> Tokens:
         return Tokens(x, torch.ones(len(x)))
     power = torch.zeros(len(x))
     for weight in problem.weights.values():
-        y = _output_power(x, weight)
+        y = output_power(x, weight)
         power += y / y.mean().clamp_min(TINY)
     return Tokens(x, 1 / (power + sink_power * power.mean().clamp_min(TINY)))
 
 
-def _output_power(x: Tensor, weight: Tensor) -> Tensor:
+def output_power(x: Tensor, weight: Tensor) -> Tensor:
     """``|x W^T|^2`` of every token ``[T]``; a head has far more outputs than channels."""
     rows, channels = weight.shape
     if rows < channels:

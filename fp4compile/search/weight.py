@@ -12,6 +12,7 @@ from fp4compile.formats import FloatFormat
 from fp4compile.numerics import fake_quantize, scale_for_max
 from fp4compile.qparams import WeightQParams
 from fp4compile.search.grid import clip_factors
+from fp4compile.weights import ROWS
 
 STEPS_PER_OCTAVE = 8
 OCTAVES_BELOW = 1.125
@@ -68,13 +69,19 @@ def search_weight(
         weight: float32 ``[N, K]``.
     """
     fmt = formats[0] if len(formats) == 1 else _best_format(weight, objective, formats)
+    scales = [_search_rows(rows, objective, fmt) for rows in weight.split(ROWS)]
+    return WeightQParams(fmt.name, torch.cat(scales))
+
+
+def _search_rows(weight: Tensor, objective: OutputError, fmt: FloatFormat) -> Tensor:
+    """The best scale of every row ``[N]``."""
     scale, error = _best_of(weight, objective, fmt, _shortlist(weight, objective, fmt))
     for step in REFINEMENTS:
         around = torch.stack((scale * 2.0**step, scale * 2.0**-step))
         moved, moved_error = _best_of(weight, objective, fmt, around)
         scale = torch.where(moved_error < error, moved, scale)
         error = torch.minimum(moved_error, error)
-    return WeightQParams(fmt.name, scale)
+    return scale
 
 
 def _best_format(

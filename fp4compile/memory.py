@@ -1,0 +1,217 @@
+"""How much memory calibration may add, and what it is spent on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fp4compile.batches import Batch
+from fp4compile.calibrate import segments
+from fp4compile.errors import MemoryLimitError
+from fp4compile.observers import SAMPLE_TOKENS
+from fp4compile.qparams import QuantSpec
+from fp4compile.trace import Graph, Group
+
+logger = logging.getLogger(__name__)
+
+UNITS = {
+    "": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate(("", "K", "M", "G", "T"))},
+    **{f"{prefix}iB": 1024**power for power, prefix in enumerate(("K", "M", "G", "T"), 1)},
+}
+DEFAULT_SHARE = 0.5
+FEWEST_TOKENS = 512
+
+# Peak of a group's search in float32 copies of its sample, weights and second moment, and in bytes
+# per channel for its table of candidate maxima by activation bits. Measured on the fpq search as
+# growth of the resident size (23, 25, 3; 112, 166, 390 KiB), rounded up; they may add up.
+SAMPLE_COPIES = 24
+WEIGHT_COPIES = 28
+MOMENT_COPIES = 4
+TABLE_BYTES = {0: 0, 4: 120 << 10, 6: 180 << 10, 8: 420 << 10}
+# Peak while batches are observed: the sample is copied when a batch joins it, and in a run of
+# several processes the previous group's sample waits for its round to end.
+OBSERVED_COPIES = 4
+FLOAT32 = 4
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes: what calibration may add (``limit``), is expected to add (``peak``), and what of it
+    batches may hold between segments (``hidden``; the rest goes to disk: ``spills``).
+    """
+
+    limit: int
+    peak: int
+    hidden: int
+    spills: bool
+    sample_tokens: int
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of ``"2GiB"``, ``"800 MB"`` or a plain number of bytes.
+
+    Raises:
+        MemoryLimitError: ``size`` is none of these, or not positive.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?", str(size).strip())
+    unit = (found[2] or "") if found else ""
+    value = int(float(found[1]) * UNITS[unit]) if found and unit in UNITS else 0
+    if value <= 0:
+        raise MemoryLimitError(
+            f"max_memory={size!r} is no amount of memory; give bytes, or text "
+            "like '2GiB' or '800MB'"
+        )
+    return value
+
+
+def plan_memory(
+    model: nn.Module,
+    graph: Graph,
+    batches: Sequence[Batch],
+    spec: QuantSpec,
+    max_memory: int | str | None = None,
+    *,
+    sequential: bool = False,
+    processes: int = 1,
+) -> MemoryPlan:
+    """Divide ``max_memory`` (default: half of the available RAM, shared by the ``processes`` of
+    this machine) among sample, search and hidden states.
+
+    Raises:
+        MemoryLimitError: not even the smallest sample fits; the message names what would do.
+    """
+    if max_memory is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        limit = int(psutil.virtual_memory().available * DEFAULT_SHARE) // processes
+    else:
+        limit = parse_size(max_memory)
+    bits = 0 if spec.activation is None else spec.activation.bits
+    sizes = [_size_of(model, group, graph, batches, bits) for group in graph.groups]
+    weights = {site.name: model.get_parameter(site.name).numel() for site in graph.sites}
+    between, within = _forward_bytes(graph, batches)
+    fixed = sum(weights.values()) * spec.weight.bits // 8 if sequential else 0
+    lookups = [weights[site.name] for site in graph.sites if site.lookups]
+    largest = FLOAT32 * WEIGHT_COPIES * max(lookups, default=0)
+
+    def needed(sample_tokens: int) -> int:
+        search = max((size.search(sample_tokens) for size in sizes), default=0)
+        observed = max((size.observed(sample_tokens) for size in sizes), default=0)
+        return fixed + max(search, within + observed, largest)
+
+    sample_tokens = SAMPLE_TOKENS
+    while sample_tokens > FEWEST_TOKENS and needed(sample_tokens) > limit:
+        sample_tokens //= 2
+    least = needed(sample_tokens)
+    if least > limit:
+        raise MemoryLimitError(
+            f"max_memory is {limit / MIB:.0f} MiB, but calibration needs more even with a sample "
+            f"of {FEWEST_TOKENS} tokens; give max_memory='{ceil(least / MIB)}MiB' or more"
+        )
+    hidden = limit - least
+    plan = MemoryPlan(limit, least + min(between, hidden), hidden, between > hidden, sample_tokens)
+    _tell(plan, len(graph.groups), max((size.tokens for size in sizes), default=0))
+    return plan
+
+
+def _tell(plan: MemoryPlan, groups: int, tokens: int) -> None:
+    if plan.sample_tokens < min(SAMPLE_TOKENS, tokens):
+        logger.warning(
+            "max_memory: the search gets a sample of %d tokens instead of %d, which costs some "
+            "accuracy; give more memory to keep all",
+            plan.sample_tokens,
+            min(SAMPLE_TOKENS, tokens),
+        )
+    logger.info(
+        "calibration: %d groups of weights, %d tokens; about %.0f MiB of at most %.0f MiB%s",
+        groups,
+        tokens,
+        plan.peak / MIB,
+        plan.limit / MIB,
+        "; hidden states go to disk in part" if plan.spills else "",
+    )
+
+
+@dataclass(frozen=True)
+class _GroupSize:
+    """``tokens`` of K ``channels``, and the number of ``weights`` that read them."""
+
+    tokens: int
+    channels: int
+    weights: int
+    activation_bits: int
+    tied: bool
+
+    def search(self, sample_tokens: int) -> int:
+        """Peak bytes of the group's search."""
+        sample = min(sample_tokens, self.tokens) * self.channels
+        copies = SAMPLE_COPIES * sample + WEIGHT_COPIES * self.weights
+        moments = MOMENT_COPIES * self.channels**2
+        return FLOAT32 * (copies + moments) + TABLE_BYTES[self.activation_bits] * self.channels
+
+    def observed(self, sample_tokens: int) -> int:
+        """Peak bytes while its input is observed."""
+        sample = min(sample_tokens, self.tokens) * self.channels
+        return FLOAT32 * (OBSERVED_COPIES * sample + (self.channels**2 if self.tied else 0))
+
+
+def _size_of(
+    model: nn.Module, group: Group, graph: Graph, batches: Sequence[Batch], bits: int
+) -> _GroupSize:
+    value = group.input.meta["val"]
+    channels = int(value.shape[-1])
+    example = _elements([value]) // channels
+    tokens = sum(round(example * share) for share in _shares(graph, batches))
+    weights = sum(model.get_parameter(site.name).numel() for site in group.sites)
+    tied = any(site.lookups for site in group.sites)
+    return _GroupSize(tokens, channels, weights, bits, tied)
+
+
+def _forward_bytes(graph: Graph, batches: Sequence[Batch]) -> tuple[int, int]:
+    """Bytes that all batches hold between two segments, and that one has within, at most."""
+    alive: dict[fx.Node, int] = {}
+    between = within = 0
+    for segment in segments(graph, graph.groups):
+        for node, dead in segment.steps:
+            own = node.op not in ("get_attr", "placeholder")
+            alive[node] = _bytes(node.meta.get("val")) if own else 0
+            within = max(within, sum(alive.values()))
+            for old in dead:
+                del alive[old]
+        between = max(between, sum(alive.values()))
+    shares = _shares(graph, batches)
+    return round(between * sum(shares)), round(within * max(shares))
+
+
+def _shares(graph: Graph, batches: Sequence[Batch]) -> list[float]:
+    """Size of every batch relative to the traced example."""
+    inputs = graph.module.graph.find_nodes(op="placeholder")
+    example = max(_elements([node.meta.get("val") for node in inputs]), 1)
+    return [_elements(pytree.tree_leaves(batch)) / example for batch in batches]
+
+
+def _elements(values: Iterable[Any]) -> int:
+    return sum(_hint(value.numel()) for value in values if isinstance(value, Tensor))
+
+
+def _bytes(value: Any) -> int:
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return sum(_hint(leaf.numel()) * leaf.itemsize for leaf in leaves)
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """A traced size, as it was in the example; 0 for one that depends on data."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 0
