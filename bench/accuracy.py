@@ -25,9 +25,10 @@ from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.search import SearchOptions
 
 TOKENS = 8176
-PAPER = SearchOptions("nearest", "maximum", sink_power=float("inf"), format_margin=0.0)
+PAPER = SearchOptions(
+    "nearest", "maximum", sink_power=float("inf"), format_margin=0.0, balance=False
+)
 NEAREST = SearchOptions(rounding="nearest")
-EQUAL_TOKENS = SearchOptions(sink_power=float("inf"))
 # How the paper's code was run on this model: 2 sequences of 128 tokens of the calibration text.
 REFERENCE_SEQUENCES, REFERENCE_LENGTH = 2, 128
 
@@ -75,6 +76,9 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "w4a4 fpq, sequential": Configuration(_spec("w4a4"), "fpq", sequential=True),
     "w4a4 fpq, per token": Configuration(_spec("w4a4-token"), "fpq"),
     "w4a8 fpq": Configuration(_spec("w4a8"), "fpq"),
+    "w4a8 fpq, no shifts in weights": Configuration(
+        _spec("w4a8"), "fpq", SearchOptions(balance=False)
+    ),
     "w4a16 fpq": Configuration(_spec("w4a16"), "fpq"),
     "w6a6 fpq": Configuration(_spec("w6a6"), "fpq"),
     "w8a8 fpq": Configuration(_spec("w8a8"), "fpq"),

@@ -104,7 +104,7 @@ def test_no_method_is_worse_than_minmax(method, preset, granularity):
     if decision.activation is not None and method != "best":
         assert decision.activation.granularity == granularity
         shift = decision.activation.exponent_shift
-        if shift is not None:
+        if shift is not None and not decision.activation.shift_in_weight:
             assert int(shift.min()) >= 0
             assert int(shift.max()) <= by_name(decision.activation.format).max_shift
 
@@ -123,6 +123,21 @@ def test_shifts_by_error_beat_shifts_by_maximum():
     by_error, by_maximum = (by_method("fpq").search_group(p)["w"] for p in (start, paper))
     assert by_maximum.activation.exponent_shift is not None
     assert by_error.error < by_maximum.error
+
+
+def test_shifts_move_into_weights_where_activations_have_bits_to_spare():
+    x, weight = layer()
+    # Channels that matter have small weights: their 4 bits are badly spent as they are.
+    start = GroupProblem({"w": weight / x.square().mean(0)}, observe([x]), QuantSpec.preset("w4a8"))
+    plain = replace(start, options=SearchOptions(balance=False))
+    with_shifts, without = (by_method("fpq").search_group(p)["w"] for p in (start, plain))
+    assert with_shifts.activation.shift_in_weight
+    assert with_shifts.error < 0.5 * without.error
+    assert (
+        not by_method("fpq")
+        .search_group(problem(QuantSpec.preset("w4a4")))["w"]
+        .activation.shift_in_weight
+    )
 
 
 def test_a_wider_margin_prefers_a_format_of_the_int8_route():

@@ -19,11 +19,12 @@ from fp4compile.numerics import scale_for_max
 from fp4compile.operand import largest_rotation, transformed
 from fp4compile.qparams import ActivationQParams, QuantSpec, SiteQParams, TensorSpec, WeightQParams
 from fp4compile.search.activation import preferred
+from fp4compile.search.balance import balancing_shift, transformed_moment
 from fp4compile.search.candidates import ERROR_TOKENS, accepted, blocked_weight, output_errors
 from fp4compile.search.embedding import lookup_moment
 from fp4compile.search.gptq import compensated
 from fp4compile.search.problem import GroupProblem, SearchOptions
-from fp4compile.search.tokens import TINY, Tokens, split, weighted_tokens
+from fp4compile.search.tokens import Tokens, split, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
 from fp4compile.weights import for_activation
 
@@ -35,7 +36,6 @@ BLOCK_CLIP = 0.85
 HEADROOM = 4.0
 # Largest sizes of the Hadamard rotations to choose from.
 ROTATIONS = (64, 512)
-LARGEST_SMOOTHING = 20
 TOKEN_CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7)
 # Rows of a large weight that the transform is chosen on.
 CHOICE_ROWS = 2048
@@ -80,7 +80,7 @@ def best(problem: GroupProblem) -> dict[str, SiteQParams]:
         )
         for name, weight in problem.weights.items()
     }
-    return accepted(problem, held_out, [weights], activation)
+    return accepted(problem, held_out, [(weights, activation)])
 
 
 def best_embedding(
@@ -104,7 +104,7 @@ def _round_weight(
 ) -> WeightQParams:
     working = for_activation(weight, activation)
     if activation is not None:
-        moment = _transformed_moment(moment, activation)
+        moment = transformed_moment(moment, activation.exponent_shift, activation.rotation)
     found = _nearest(working, moment, spec)
     if options.rounding == "nearest":
         return found
@@ -116,13 +116,6 @@ def _nearest(weight: Tensor, moment: Tensor, spec: TensorSpec) -> WeightQParams:
         return search_weight(weight, OutputError.of_inputs(moment), spec.candidates)
     diagonal = moment.diagonal()
     return blocked_weight(weight, spec.candidates, spec.block_size, (1.0, BLOCK_CLIP), diagonal)
-
-
-def _transformed_moment(moment: Tensor, activation: ActivationQParams) -> Tensor:
-    """Second moment of the transformed activation, from that of the activation."""
-    shift, rotation = activation.exponent_shift, activation.rotation
-    half = transformed(moment, shift, rotation)
-    return transformed(half.t(), shift, rotation)
 
 
 def _choose_activation(
@@ -140,7 +133,7 @@ def _choose_activation(
             weights = weights or {
                 name: _nearest(
                     for_activation(weight, candidate),
-                    _transformed_moment(moment, candidate),
+                    transformed_moment(moment, shift, rotation),
                     problem.spec.weight,
                 )
                 for name, weight in few.weights.items()
@@ -155,7 +148,7 @@ def _transforms(problem: GroupProblem, tokens: Tokens) -> list[tuple[Tensor | No
     if problem.decided:
         return [(None, 1)]  # the weight was quantized as it is
     options, channels = problem.options, tokens.x.shape[1]
-    shift = _balancing_shift(problem, tokens) if options.balance else None
+    shift = balancing_shift(problem, tokens) if options.balance else None
     sizes = {
         largest_rotation(channels, min(limit, options.largest_rotation)) for limit in ROTATIONS
     }
@@ -163,19 +156,6 @@ def _transforms(problem: GroupProblem, tokens: Tokens) -> list[tuple[Tensor | No
         [(None, 1)] if shift is None else [(None, 1), (shift, 1)]
     )
     return [*plain, *((shift, size) for size in sorted(sizes) if size > 1)]
-
-
-def _balancing_shift(problem: GroupProblem, tokens: Tokens) -> Tensor:
-    """int8 ``[K]``: log2 of the channel factors that minimise the product of activation and
-    weight power, ``sqrt(rms(x_k) / |W_k|)`` (cf. SmoothQuant, arXiv 2211.10438), about their mean.
-    """
-    rms = tokens.scaled(tokens.x).square().sum(dim=0).sqrt()
-    norm = sum(weight.square().sum(dim=0) for weight in problem.weights.values())
-    assert isinstance(norm, Tensor)
-    used = (rms > 0) & (norm > 0)
-    log = (rms.clamp_min(TINY).log2() - norm.clamp_min(TINY).sqrt().log2()) / 2
-    log = torch.where(used, log - log[used].mean(), torch.zeros(()))
-    return log.round().clamp(-LARGEST_SMOOTHING, LARGEST_SMOOTHING).to(torch.int8)
 
 
 def _activations(

@@ -130,26 +130,36 @@ def _output_error(
 
 
 def accepted(
-    problem: GroupProblem,
-    held_out: Tokens,
-    candidates: Sequence[Mapping[str, WeightQParams]],
-    activation: ActivationQParams | None,
+    problem: GroupProblem, held_out: Tokens, decisions: Sequence[Decision]
 ) -> dict[str, SiteQParams]:
-    """The best of ``candidates`` for every weight on ``held_out``; all of min-max instead if that
-    has less error.
+    """The best of ``decisions`` on ``held_out``; min-max if that has less error.
+
+    Decisions that share their activation are taken apart: every weight has its best.
     """
-    scored = [output_errors(problem, held_out, weights, activation) for weights in candidates]
-    best = {
-        name: min(range(len(scored)), key=lambda index, name=name: scored[index][name])
-        for name in problem.weights
-    }
-    weights = {name: candidates[index][name] for name, index in best.items()}
-    errors = {name: scored[index][name] for name, index in best.items()}
-    base_weights, base_activation = minmax_decision(problem)
-    base = output_errors(problem, held_out, base_weights, base_activation)
-    if sum(errors.values()) > sum(base.values()):
-        weights, activation, errors = base_weights, base_activation, base
+    decisions = [*decisions, minmax_decision(problem)]
+    scored = [output_errors(problem, held_out, *decision) for decision in decisions]
+    base = scored[-1]
+    best = min(
+        (_best_weights(decisions, scored, activation) for _, activation in decisions),
+        key=lambda found: sum(error for _, error in found[0].values()),
+    )
+    weights, activation = best
     return {
-        name: SiteQParams(weights[name], activation, errors[name], base[name])
-        for name in problem.weights
+        name: SiteQParams(qparams, activation, error, base[name])
+        for name, (qparams, error) in weights.items()
     }
+
+
+def _best_weights(
+    decisions: Sequence[Decision],
+    scored: Sequence[Mapping[str, float]],
+    activation: ActivationQParams | None,
+) -> tuple[dict[str, tuple[WeightQParams, float]], ActivationQParams | None]:
+    """(qparams, error) of least error for every weight among the decisions with ``activation``."""
+    found: dict[str, tuple[WeightQParams, float]] = {}
+    for (weights, own), errors in zip(decisions, scored, strict=True):
+        if own is activation:
+            for name, qparams in weights.items():
+                if name not in found or errors[name] < found[name][1]:
+                    found[name] = (qparams, errors[name])
+    return found, activation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp4compile.numerics import power_of_two
 from fp4compile.qparams import TensorSpec, WeightQParams
 from fp4compile.search.candidates import minmax_weight
 from fp4compile.search.gptq import compensated
@@ -13,12 +14,18 @@ from fp4compile.search.tokens import TINY
 from fp4compile.search.weight import OutputError, search_weight
 
 
-def lookup_moment(weight: Tensor, head_moment: Tensor | None = None) -> Tensor:
+def lookup_moment(
+    weight: Tensor, head_moment: Tensor | None = None, held_shift: Tensor | None = None
+) -> Tensor:
     """``[K, K]`` such that ``d M d^T`` is the mean relative error of looked-up rows that change by
     ``d``, plus that of the head's output if the weight ``[N, K]`` is tied to a head.
+
+    Args:
+        held_shift: the weight holds 2^shift for the head, which a look-up undoes.
     """
     rows, channels = weight.shape
-    moment = torch.eye(channels) / weight.square().sum().clamp_min(TINY) * rows
+    unit = torch.ones(channels) if held_shift is None else power_of_two(-held_shift)
+    moment = torch.diag(unit.square()) / (weight * unit).square().sum().clamp_min(TINY) * rows
     if head_moment is not None:
         # mean over rows of w H w^T
         power = (weight @ head_moment * weight).sum() / rows
@@ -35,10 +42,23 @@ def search_embedding(
         weight: float32 ``[N, K]``.
         head_moment: second moment ``[K, K]`` of the input of the head that shares the weight.
     """
-    moment = lookup_moment(weight, head_moment)
-    found = search_weight(weight, OutputError.of_inputs(moment), spec.candidates)
+    if head_moment is not None:
+        return search_tied(weight, spec, head_moment, None, options)
     # Channels of a plain look-up do not mix: nothing could compensate.
-    if head_moment is None or options.rounding == "nearest":
+    return search_weight(weight, OutputError.of_inputs(lookup_moment(weight)), spec.candidates)
+
+
+def search_tied(
+    weight: Tensor,
+    spec: TensorSpec,
+    head_moment: Tensor,
+    held_shift: Tensor | None,
+    options: SearchOptions,
+) -> WeightQParams:
+    """Least relative error of the looked-up rows plus that of the head's output."""
+    moment = lookup_moment(weight, head_moment, held_shift)
+    found = search_weight(weight, OutputError.of_inputs(moment), spec.candidates)
+    if options.rounding == "nearest":
         return found
     return compensated(weight, moment, found)
 

@@ -16,6 +16,7 @@ from fp4compile.errors import SpecError
 from fp4compile.formats import FloatFormat, by_name
 from fp4compile.qparams import ActivationQParams, SiteQParams, TensorSpec, WeightQParams
 from fp4compile.search.activation import ActivationError, search_activation
+from fp4compile.search.balance import balancing_shift, moved
 from fp4compile.search.candidates import (
     Decision,
     accepted,
@@ -23,7 +24,7 @@ from fp4compile.search.candidates import (
     minmax_decision,
     output_errors,
 )
-from fp4compile.search.embedding import search_embedding
+from fp4compile.search.embedding import search_tied
 from fp4compile.search.gptq import compensated
 from fp4compile.search.problem import GroupProblem
 from fp4compile.search.tokens import Tokens, split, weighted_tokens
@@ -55,17 +56,53 @@ def fpq(problem: GroupProblem) -> dict[str, SiteQParams]:
     """The full search. What does not beat min-max on held-out tokens is not accepted."""
     _check(problem)
     train, held_out = split(weighted_tokens(problem))
-    moment = train.moment()
+    decisions = _decisions(problem, train, None)
+    if _has_bits_to_spare(problem):
+        decisions += _balanced_decisions(problem, train)
+    return accepted(problem, held_out, decisions)
+
+
+def _has_bits_to_spare(problem: GroupProblem) -> bool:
+    """Whether activations are so fine that powers of two may move from them into the weights."""
+    weight, activation = problem.spec.weight, problem.spec.activation
+    return (
+        activation is not None
+        and activation.exponent_shift
+        and activation.bits > weight.bits
+        and problem.options.balance
+        and not problem.decided
+    )
+
+
+def _balanced_decisions(problem: GroupProblem, tokens: Tokens) -> list[Decision]:
+    shift = balancing_shift(problem, tokens)
+    found = []
+    for weights, activation in _decisions(*moved(problem, tokens, shift), shift):
+        assert activation is not None
+        held = replace(activation, exponent_shift=shift, shift_in_weight=True)
+        found.append((weights, held))
+    return found
+
+
+def _decisions(problem: GroupProblem, tokens: Tokens, moved_by: Tensor | None) -> list[Decision]:
+    """What alternating finds, rounded to nearest and compensated; ``moved_by`` is the shift that
+    the problem's weights already hold.
+    """
+    moment = tokens.moment()
     tied = {
-        name: search_embedding(problem.weights[name], problem.spec.weight, moment, problem.options)
+        name: search_tied(
+            problem.weights[name], problem.spec.weight, moment, moved_by, problem.options
+        )
         for name in problem.tied - problem.decided.keys()
     }
-    problem = replace(problem, decided={**problem.decided, **tied})
-    weights, activation = _alternate(problem, train, OutputError.of_inputs(moment))
-    candidates = [weights]
-    if problem.options.rounding == "compensated":
-        candidates.append(_compensated(problem, moment, weights))
-    return accepted(problem, held_out, candidates, activation)
+    spec = problem.spec
+    if moved_by is not None and spec.activation is not None:
+        spec = replace(spec, activation=replace(spec.activation, exponent_shift=False))
+    problem = replace(problem, spec=spec, decided={**problem.decided, **tied})
+    weights, activation = _alternate(problem, tokens, OutputError.of_inputs(moment))
+    if problem.options.rounding == "nearest":
+        return [(weights, activation)]
+    return [(weights, activation), (_compensated(problem, moment, weights), activation)]
 
 
 def _check(problem: GroupProblem) -> None:

@@ -25,8 +25,9 @@ class SearchOptions:
     same. ``format_margin``: an activation format that runs on the int8 route is preferred while
     its error is at most ``1 + format_margin`` times the best one's.
 
-    Of ``method="best"`` only: ``largest_rotation``, the largest Hadamard matrix (1 for none), and
-    ``balance``, whether exponent shifts move from activations into weights.
+    ``balance``: exponent shifts may move from activations into weights (``"best"``, and ``"fpq"``
+    where activations have more bits than weights). ``largest_rotation``: of the Hadamard matrices
+    of ``"best"``; 1 for none.
     """
 
     rounding: str = "compensated"
