@@ -25,8 +25,9 @@ from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.search import SearchOptions
 
 TOKENS = 8176
-PAPER = SearchOptions(
-    "nearest", "maximum", sink_power=float("inf"), format_margin=0.0, balance=False
+EQUAL_TOKENS = SearchOptions(sink_power=float("inf"))
+PAPER = replace(
+    EQUAL_TOKENS, rounding="nearest", shift_choice="maximum", format_margin=0.0, balance=False
 )
 NEAREST = SearchOptions(rounding="nearest")
 # How the paper's code was run on this model: 2 sequences of 128 tokens of the calibration text.

@@ -76,12 +76,11 @@ def _has_bits_to_spare(problem: GroupProblem) -> bool:
 
 def _balanced_decisions(problem: GroupProblem, tokens: Tokens) -> list[Decision]:
     shift = balancing_shift(problem, tokens)
-    found = []
-    for weights, activation in _decisions(*moved(problem, tokens, shift), shift):
-        assert activation is not None
-        held = replace(activation, exponent_shift=shift, shift_in_weight=True)
-        found.append((weights, held))
-    return found
+    found = _decisions(*moved(problem, tokens, shift), shift)
+    activation = found[0][1]  # the same for all
+    assert activation is not None
+    held = replace(activation, exponent_shift=shift, shift_in_weight=True)
+    return [(weights, held) for weights, _ in found]
 
 
 def _decisions(problem: GroupProblem, tokens: Tokens, moved_by: Tensor | None) -> list[Decision]:
