@@ -25,7 +25,7 @@ from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.search import SearchOptions
 
 TOKENS = 8176
-EQUAL_TOKENS = SearchOptions(sink_power=float("inf"))
+EQUAL_TOKENS = SearchOptions(sink_power=float("inf"), weight_sink_power=float("inf"))
 PAPER = replace(
     EQUAL_TOKENS, rounding="nearest", shift_choice="maximum", format_margin=0.0, balance=False
 )

@@ -33,7 +33,7 @@ def moved(problem: GroupProblem, tokens: Tokens, shift: Tensor) -> tuple[GroupPr
     """The problem of activations ``x * 2^-shift`` and weights ``w * 2^shift``, and its tokens."""
     factor = power_of_two(shift)
     weights = {name: weight * factor for name, weight in problem.weights.items()}
-    return replace(problem, weights=weights), Tokens(tokens.x / factor, tokens.weight)
+    return replace(problem, weights=weights), replace(tokens, x=tokens.x / factor)
 
 
 def transformed_moment(moment: Tensor, shift: Tensor | None, rotation: int = 1) -> Tensor:

@@ -127,8 +127,8 @@ def _alternate(problem: GroupProblem, tokens: Tokens, objective: OutputError) ->
         best = (error, (weights, activation))
         if not last:
             some = tokens.thinned(MOMENT_TOKENS)
-            x_hat = some.scaled(apply_activation(some.x, activation))
-            seen = OutputError.of_samples(x_hat, some.scaled(some.x))
+            x_hat = some.for_moments(apply_activation(some.x, activation))
+            seen = OutputError.of_samples(x_hat, some.for_moments(some.x))
             weights = _search_weights(problem, seen, None, weights)
     assert best is not None
     return best[1]

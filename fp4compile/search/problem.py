@@ -20,10 +20,14 @@ class SearchOptions:
 
     ``rounding``: ``"compensated"`` (GPTQ) or ``"nearest"`` (the paper). ``shift_choice``: exponent
     shifts of an activation by each channel's ``"error"`` or by its ``"maximum"`` (the paper).
-    ``rounds``: how often weights and activations are searched in turn. ``sink_power``: tokens
-    count by ``1 / (power + sink_power * mean power)`` of their output; infinity counts all the
-    same. ``format_margin``: an activation format that runs on the int8 route is preferred while
-    its error is at most ``1 + format_margin`` times the best one's.
+    ``rounds``: how often weights and activations are searched in turn.
+
+    ``sink_power``: in the output error, tokens count by ``1 / (power + sink_power * mean power)`` of
+    their output; infinity counts all the same. ``weight_sink_power``: the same for the second moment
+    that weights are rounded by, which may rest on sinks more.
+
+    ``format_margin``: an activation format that runs on the int8 route is preferred while its error
+    is at most ``1 + format_margin`` times the best one's.
 
     ``balance``: exponent shifts may move from activations into weights (``"best"``, and ``"fpq"``
     where activations have more bits than weights). ``largest_rotation``: of the Hadamard matrices
@@ -34,6 +38,7 @@ class SearchOptions:
     shift_choice: str = "error"
     rounds: int = 3
     sink_power: float = 1.0
+    weight_sink_power: float = 16.0
     format_margin: float = 0.1
     largest_rotation: int = 512
     balance: bool = True
@@ -43,7 +48,7 @@ class SearchOptions:
             raise SpecError(f"rounding {self.rounding!r} is not one of {ROUNDINGS}")
         if self.shift_choice not in SHIFT_CHOICES:
             raise SpecError(f"shift_choice {self.shift_choice!r} is not one of {SHIFT_CHOICES}")
-        if self.rounds < 1 or self.sink_power < 0 or self.format_margin < 0:
+        if self.rounds < 1 or min(self.sink_power, self.weight_sink_power, self.format_margin) < 0:
             raise SpecError(f"rounds must be at least 1 and the rest not negative, got {self}")
 
 

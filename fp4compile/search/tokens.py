@@ -22,10 +22,13 @@ TINY = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Calibration tokens ``x`` ``[T, K]`` and how much each counts, ``weight`` ``[T]``."""
+    """Calibration tokens ``x`` ``[T, K]`` and how much each counts: ``weight`` ``[T]`` for the
+    output error, ``moment_weight`` ``[T]`` for the second moment that weights are rounded by.
+    """
 
     x: Tensor
     weight: Tensor
+    moment_weight: Tensor
     _tables: dict[Any, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def error_tables(
@@ -43,7 +46,10 @@ class Tokens:
     def thinned(self, size: int) -> Tokens:
         """About ``size`` of them, evenly spaced."""
         step = max(1, round(len(self.x) / size))
-        return Tokens(self.x[::step], self.weight[::step])
+        return self[slice(None, None, step)]
+
+    def __getitem__(self, tokens: slice | Tensor) -> Tokens:
+        return Tokens(self.x[tokens], self.weight[tokens], self.moment_weight[tokens])
 
     def scaled(self, x: Tensor) -> Tensor:
         """``x`` with rows times the root of their weight, for sums of weighted squares."""
@@ -55,20 +61,28 @@ class Tokens:
 
     def moment(self) -> Tensor:
         """Weighted second moment ``[K, K]``."""
-        x = self.scaled(self.x)
+        x = self.for_moments(self.x)
         return x.t() @ x
+
+    def for_moments(self, x: Tensor) -> Tensor:
+        """``x`` with rows times the root of their weight in moments."""
+        return x * self.moment_weight.sqrt()[:, None]
 
 
 def weighted_tokens(problem: GroupProblem) -> Tokens:
     """The sample; a token counts less the more its output power exceeds the mean."""
-    x, sink_power = problem.statistics.sample, problem.options.sink_power
-    if sink_power == float("inf"):
-        return Tokens(x, torch.ones(len(x)))
+    x, options = problem.statistics.sample, problem.options
     power = torch.zeros(len(x))
     for weight in problem.weights.values():
         y = output_power(x, weight)
         power += y / y.mean().clamp_min(TINY)
-    return Tokens(x, 1 / (power + sink_power * power.mean().clamp_min(TINY)))
+    return Tokens(x, _damped(power, options.sink_power), _damped(power, options.weight_sink_power))
+
+
+def _damped(power: Tensor, sink_power: float) -> Tensor:
+    if sink_power == float("inf"):
+        return torch.ones_like(power)
+    return 1 / (power + sink_power * power.mean().clamp_min(TINY))
 
 
 def output_power(x: Tensor, weight: Tensor) -> Tensor:
@@ -84,7 +98,4 @@ def split(tokens: Tokens) -> tuple[Tokens, Tokens]:
     if len(tokens.x) < HELD_OUT_MINIMUM:
         return tokens, tokens
     held_out = torch.arange(len(tokens.x)) % HELD_OUT_STRIDE == 0
-    return (
-        Tokens(tokens.x[~held_out], tokens.weight[~held_out]),
-        Tokens(tokens.x[held_out], tokens.weight[held_out]),
-    )
+    return tokens[~held_out], tokens[held_out]
