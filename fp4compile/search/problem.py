@@ -22,8 +22,8 @@ class SearchOptions:
     shifts of an activation by each channel's ``"error"`` or by its ``"maximum"`` (the paper).
     ``rounds``: how often weights and activations are searched in turn.
 
-    ``sink_power``: in the output error, tokens count by ``1 / (power + sink_power * mean power)`` of
-    their output; infinity counts all the same. ``weight_sink_power``: the same for the second moment
+    ``sink_power``: in the output error a token counts by ``1 / (power + sink_power * mean power)`` of
+    its output; infinity counts all the same. ``weight_sink_power``: the same for the second moment
     that weights are rounded by, which may rest on sinks more.
 
     ``format_margin``: an activation format that runs on the int8 route is preferred while its error
