@@ -22,9 +22,9 @@ class SearchOptions:
     shifts of an activation by each channel's ``"error"`` or by its ``"maximum"`` (the paper).
     ``rounds``: how often weights and activations are searched in turn.
 
-    ``sink_power``: in the output error a token counts by ``1 / (power + sink_power * mean power)`` of
-    its output; infinity counts all the same. ``weight_sink_power``: the same for the second moment
-    that weights are rounded by, which may rest on sinks more.
+    ``sink_power``: in the output error a token counts by ``1 / (power + sink_power * mean power)``
+    of its output; infinity counts all the same. ``weight_sink_power``: the same for the second
+    moment that weights are rounded by, which may rest on sinks more.
 
     ``format_margin``: an activation format that runs on the int8 route is preferred while its error
     is at most ``1 + format_margin`` times the best one's.
