@@ -20,7 +20,8 @@ from fp4compile.calibrate import segments
 from fp4compile.errors import MemoryLimitError
 from fp4compile.observers import SAMPLE_TOKENS
 from fp4compile.qparams import QuantSpec
-from fp4compile.trace import Graph, Group
+from fp4compile.trace import Graph, Group, Site
+from fp4compile.weights import ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +33,14 @@ UNITS = {
 DEFAULT_SHARE = 0.5
 FEWEST_TOKENS = 512
 
-# Peak of a group's search in float32 copies of its sample, weights and second moment, and in bytes
-# per channel for its table of candidate maxima by activation bits. Measured on the fpq search as
-# growth of the resident size (23, 25, 3; 112, 166, 390 KiB), rounded up; they may add up.
-SAMPLE_COPIES = 24
-WEIGHT_COPIES = 28
+# Peak of a group's search in float32 copies of its sample, its weights, the rows of a weight that
+# are searched at a time, and its second moment, and a fixed part (tables of candidate maxima).
+# Measured as growth of the resident size over all methods (5, 2, 20 and 4 copies), rounded up.
+SAMPLE_COPIES = 6
+WEIGHT_COPIES = 3
+ROW_COPIES = 24
 MOMENT_COPIES = 4
-TABLE_BYTES = {0: 0, 4: 120 << 10, 6: 180 << 10, 8: 420 << 10}
+FIXED_BYTES = 64 << 20
 # Peak while batches are observed: the sample is copied when a batch joins it, and in a run of
 # several processes the previous group's sample waits for its round to end.
 OBSERVED_COPIES = 4
@@ -97,13 +99,13 @@ def plan_memory(
         limit = int(psutil.virtual_memory().available * DEFAULT_SHARE) // processes
     else:
         limit = parse_size(max_memory)
-    bits = 0 if spec.activation is None else spec.activation.bits
-    sizes = [_size_of(model, group, graph, batches, bits) for group in graph.groups]
+    sizes = [_size_of(model, group, graph, batches) for group in graph.groups]
     weights = {site.name: model.get_parameter(site.name).numel() for site in graph.sites}
+    rows = max((_searched_rows(model, site) for site in graph.sites), default=0)
     between, within = _forward_bytes(graph, batches)
     fixed = sum(weights.values()) * spec.weight.bits // 8 if sequential else 0
     lookups = [weights[site.name] for site in graph.sites if site.lookups]
-    largest = FLOAT32 * WEIGHT_COPIES * max(lookups, default=0)
+    largest = FLOAT32 * (WEIGHT_COPIES * max(lookups, default=0) + ROW_COPIES * rows)
 
     def needed(sample_tokens: int) -> int:
         search = max((size.search(sample_tokens) for size in sizes), default=0)
@@ -145,20 +147,22 @@ def _tell(plan: MemoryPlan, groups: int, tokens: int) -> None:
 
 @dataclass(frozen=True)
 class _GroupSize:
-    """``tokens`` of K ``channels``, and the number of ``weights`` that read them."""
+    """``tokens`` of K ``channels``; elements of the ``weights`` that read them, and of those of one
+    weight that are searched at a time.
+    """
 
     tokens: int
     channels: int
     weights: int
-    activation_bits: int
+    rows: int
     tied: bool
 
     def search(self, sample_tokens: int) -> int:
         """Peak bytes of the group's search."""
         sample = min(sample_tokens, self.tokens) * self.channels
-        copies = SAMPLE_COPIES * sample + WEIGHT_COPIES * self.weights
+        weights = WEIGHT_COPIES * self.weights + ROW_COPIES * self.rows
         moments = MOMENT_COPIES * self.channels**2
-        return FLOAT32 * (copies + moments) + TABLE_BYTES[self.activation_bits] * self.channels
+        return FLOAT32 * (SAMPLE_COPIES * sample + weights + moments) + FIXED_BYTES
 
     def observed(self, sample_tokens: int) -> int:
         """Peak bytes while its input is observed."""
@@ -166,16 +170,22 @@ class _GroupSize:
         return FLOAT32 * (OBSERVED_COPIES * sample + (self.channels**2 if self.tied else 0))
 
 
-def _size_of(
-    model: nn.Module, group: Group, graph: Graph, batches: Sequence[Batch], bits: int
-) -> _GroupSize:
+def _size_of(model: nn.Module, group: Group, graph: Graph, batches: Sequence[Batch]) -> _GroupSize:
     value = group.input.meta["val"]
     channels = int(value.shape[-1])
     example = _elements([value]) // channels
     tokens = sum(round(example * share) for share in _shares(graph, batches))
     weights = sum(model.get_parameter(site.name).numel() for site in group.sites)
+    rows = max(_searched_rows(model, site) for site in group.sites)
     tied = any(site.lookups for site in group.sites)
-    return _GroupSize(tokens, channels, weights, bits, tied)
+    return _GroupSize(tokens, channels, weights, rows, tied)
+
+
+def _searched_rows(model: nn.Module, site: Site) -> int:
+    """Elements of the rows of a weight that are searched at a time."""
+    shape = model.get_parameter(site.name).shape
+    rows, channels = reversed(shape) if site.transposed else shape
+    return min(rows, ROWS) * channels
 
 
 def _forward_bytes(graph: Graph, batches: Sequence[Batch]) -> tuple[int, int]:

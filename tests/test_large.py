@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_llama, tokens
+from safetensors.torch import load_file
 
 import fp4compile
 from fp4compile.batches import as_batches
@@ -42,7 +43,9 @@ def recipe(tmp_path_factory):
         model = fp4compile.quantize(tiny_llama(), DATA, progress=False, **options)
         path = tmp_path_factory.mktemp("recipe") / "recipe.json"
         model.fp4_report.recipe.save(path)
-        return json.loads(path.read_text())["sites"]
+        codes_path = path.with_suffix(".safetensors")
+        codes = load_file(codes_path) if codes_path.exists() else {}
+        return json.loads(path.read_text())["sites"], {k: v.tolist() for k, v in codes.items()}
 
     return run
 
