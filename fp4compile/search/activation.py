@@ -32,7 +32,8 @@ TOKEN_CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 EXACT_CANDIDATES = 4
 # Then the best clipping is refined by these exponents.
 REFINEMENTS = (1 / 16, 1 / 32)
-TABLE_TOKENS = 4096
+# Fine formats have many cells to look up, and small errors that few tokens tell.
+TABLE_TOKENS = {4: 4096, 6: 2048, 8: 1024}
 RANKING_TOKENS = 512
 EXACT_TOKENS = 1024
 
@@ -149,14 +150,18 @@ def _static_candidates(
     tokens: Tokens, objective: ActivationError, spec: TensorSpec, options: SearchOptions
 ) -> list[tuple[float, ActivationQParams]]:
     """The best tensor-wise maxima of every format, each with its best shifts and their error."""
+    if not spec.exponent_shift:
+        return _unshifted_candidates(tokens, objective, spec)
     formats = spec.candidates
-    largest = {fmt.name: _largest_shift(fmt, spec) for fmt in formats}
+    largest = {fmt.name: _largest_shift(fmt) for fmt in formats}
     steps = STEPS_PER_OCTAVE[spec.bits]
     factors = clip_factors(steps, OCTAVES_BELOW + max(largest.values()))
     absmax = tokens.x.abs().amax(dim=0)
     maxima = absmax.amax() * factors
     kept = []
-    for fmt, table in zip(formats, tokens.error_tables(maxima, formats, TABLE_TOKENS), strict=True):
+    for fmt, table in zip(
+        formats, tokens.error_tables(maxima, formats, TABLE_TOKENS[spec.bits]), strict=True
+    ):
         found = []
         for position, maximum in enumerate(maxima):
             # Row t: the errors of every channel if it is shifted by t.
@@ -170,8 +175,25 @@ def _static_candidates(
     return kept
 
 
-def _largest_shift(fmt: FloatFormat, spec: TensorSpec) -> int:
-    return min(fmt.max_shift, LARGEST_SHIFT) if spec.exponent_shift else 0
+def _unshifted_candidates(
+    tokens: Tokens, objective: ActivationError, spec: TensorSpec
+) -> list[tuple[float, ActivationQParams]]:
+    """As :func:`_static_candidates`, without a table: all channels have one maximum."""
+    few = tokens.thinned(RANKING_TOKENS)
+    maxima = tokens.x.abs().amax() * clip_factors(STEPS_PER_OCTAVE[spec.bits], OCTAVES_BELOW)
+    kept = []
+    for fmt in spec.candidates:
+        candidates = [
+            ActivationQParams(fmt.name, "tensor", scale_for_max(maximum, fmt)) for maximum in maxima
+        ]
+        found = [(objective.ranking(candidate, few), candidate) for candidate in candidates]
+        found.sort(key=lambda pair: pair[0])
+        kept += found[:EXACT_CANDIDATES]
+    return kept
+
+
+def _largest_shift(fmt: FloatFormat) -> int:
+    return min(fmt.max_shift, LARGEST_SHIFT)
 
 
 def _best_shifts(
