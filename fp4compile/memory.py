@@ -19,6 +19,7 @@ from fp4compile.batches import Batch
 from fp4compile.calibrate import segments
 from fp4compile.errors import MemoryLimitError
 from fp4compile.observers import SAMPLE_TOKENS
+from fp4compile.progress import estimated_seconds
 from fp4compile.qparams import QuantSpec
 from fp4compile.trace import Graph, Group, Site
 from fp4compile.weights import ROWS
@@ -95,8 +96,8 @@ def plan_memory(
         MemoryLimitError: not even the smallest sample fits; the message names what would do.
     """
     if max_memory is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        limit = int(psutil.virtual_memory().available * DEFAULT_SHARE) // processes
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        limit = int(psutil.virtual_memory().available * DEFAULT_SHARE) // here
     else:
         limit = parse_size(max_memory)
     sizes = [_size_of(model, group, graph, batches) for group in graph.groups]
@@ -123,11 +124,15 @@ def plan_memory(
         )
     hidden = limit - least
     plan = MemoryPlan(limit, least + min(between, hidden), hidden, between > hidden, sample_tokens)
-    _tell(plan, len(graph.groups), max((size.tokens for size in sizes), default=0))
+    seconds = estimated_seconds(
+        (min(sample_tokens, size.tokens) * size.channels, size.weights) for size in sizes
+    )
+    tokens = max((size.tokens for size in sizes), default=0)
+    _tell(plan, len(graph.groups), tokens, seconds / processes)
     return plan
 
 
-def _tell(plan: MemoryPlan, groups: int, tokens: int) -> None:
+def _tell(plan: MemoryPlan, groups: int, tokens: int, seconds: float) -> None:
     if plan.sample_tokens < min(SAMPLE_TOKENS, tokens):
         logger.warning(
             "max_memory: the search gets a sample of %d tokens instead of %d, which costs some "
@@ -136,9 +141,11 @@ def _tell(plan: MemoryPlan, groups: int, tokens: int) -> None:
             min(SAMPLE_TOKENS, tokens),
         )
     logger.info(
-        "calibration: %d groups of weights, %d tokens; about %.0f MiB of at most %.0f MiB%s",
+        "calibration: %d groups of weights, %d tokens; very roughly %.0f s on this machine; about "
+        "%.0f MiB of at most %.0f MiB%s",
         groups,
         tokens,
+        seconds,
         plan.peak / MIB,
         plan.limit / MIB,
         "; hidden states go to disk in part" if plan.spills else "",
