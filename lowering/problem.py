@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fp4compile.blocks import block_count
 from fp4compile.formats import FloatFormat, alternatives
 
 INT8, FLOAT = "int8", "float"
@@ -26,9 +27,19 @@ class GemmProblem:
     device: str = "cpu"
 
     @property
+    def formats(self) -> tuple[FloatFormat, ...]:
+        """The weight's format; with blocks perhaps two, between which every block chooses."""
+        return alternatives(self.weight_format)
+
+    @property
     def format(self) -> FloatFormat:
-        """The weight's format; with blocks the first of its alternatives."""
-        return alternatives(self.weight_format)[0]
+        """The first of :attr:`formats`."""
+        return self.formats[0]
+
+    @property
+    def blocks(self) -> int:
+        """Block scales of a row of the weight."""
+        return block_count(self.K, self.block_size) if self.block_size else 0
 
     @property
     def route(self) -> str:

@@ -44,8 +44,8 @@ def layout_reason(problem: GemmProblem) -> str | None:
         return f"the operand is on {problem.device}"
     if problem.format.bits != 4:
         return f"{problem.weight_format} has {problem.format.bits} bits; the kernels read nibbles"
-    if problem.block_size:
-        return "block scales need a sum per block"
+    if problem.block_size % 2:
+        return f"a block of {problem.block_size} codes ends within a byte"
     return None
 
 
