@@ -1,4 +1,4 @@
-"""GemmProblem: everything a target may look at to accept, decline or render a GEMM."""
+"""What a target may look at to accept, decline or render: a GEMM, or an activation's rounding."""
 
 from __future__ import annotations
 
@@ -58,6 +58,46 @@ class GemmProblem:
         return (
             f"linear N={self.N} K={self.K} {dtype}{scale} x {self.weight_format}{blocks}"
             f"{' + bias' if self.bias else ''} -> {str(self.out_dtype).removeprefix('torch.')}"
+        )
+
+
+@dataclass(frozen=True)
+class ActivationProblem:
+    """One call of ``fp4::quantize_activation`` on ``x[M, K]``; see there. M is a run-time value."""
+
+    K: int
+    dtype: torch.dtype
+    format: str
+    granularity: str
+    shifts: bool  # x comes unshifted and is multiplied by 2^-shift
+    shifts_back: bool  # the operand is multiplied by 2^shift
+    rotation: int
+    block_size: int
+    block_clip: float
+    device: str = "cpu"
+
+    @property
+    def formats(self) -> tuple[FloatFormat, ...]:
+        """The format; for blocks perhaps two."""
+        return alternatives(self.format)
+
+    @property
+    def blocks(self) -> int:
+        """Scales of a row."""
+        return block_count(self.K, self.block_size) if self.granularity == "block" else 1
+
+    @property
+    def clips(self) -> tuple[float, ...]:
+        """Maxima that a block may take, as factors of its own."""
+        return (1.0,) if self.block_clip == 1.0 else (1.0, self.block_clip)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        blocks = f" of {self.block_size}" if self.granularity == "block" else ""
+        rotation = f", rotation {self.rotation}" if self.rotation > 1 else ""
+        return (
+            f"quantize_activation K={self.K} {dtype} -> {self.format} "
+            f"per {self.granularity}{blocks}{rotation}"
         )
 
 
