@@ -36,7 +36,7 @@ def linear(
         weight_format=weight_format.lower(),
         operand_dtype=operand.get_dtype(),
         operand_scale=_granularity(operand_scale, block_scale),
-        block_size=block_size,
+        block_size=inductor.static_int(block_size),
         bias=bias is not None,
         out_dtype=out_dtype,
         device=operand.get_device().type,

@@ -22,6 +22,7 @@ from fp4compile.ops.quantize_activation import operand_dtype
 _OP = torch.ops.fp4.quantize_activation.default
 _reference = inductor.eager_reference(_OP)
 FLOAT32_EXPONENT = 0x7F800000
+MAX_CHANNELS = 2**17
 
 
 @inductor.register_as_aten(_OP)
@@ -73,8 +74,8 @@ def quantize_rows(
         granularity=granularity,
         shifts=exponent_shift is not None and not shift_folded,
         shifts_back=exponent_shift is not None and not shift_in_weight,
-        rotation=rotation,
-        block_size=block_size,
+        rotation=inductor.static_int(rotation),
+        block_size=inductor.static_int(block_size),
         block_clip=block_clip,
         device=x.get_device().type,
     )
@@ -110,6 +111,8 @@ def quantize_rows(
 def _declines(problem: ActivationProblem) -> str | None:
     if problem.device != "cpu":
         return f"the activation is on {problem.device}"
+    if problem.K > MAX_CHANNELS:
+        return f"a row of more than {MAX_CHANNELS} channels is too large for the stack"
     if config.cpu_target == REFERENCE:
         return "forced by config.cpu_target"
     return None
