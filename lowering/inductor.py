@@ -194,7 +194,9 @@ class ActivationTemplate(CppTemplate):
         V.graph.no_fuse_buffer_names.add(buffer.get_name())
         return [ir.TensorBox.create(result) for result in results]
 
-    def _kernel_and_render(self, buffer: Any, *_: Any, epilogue_nodes: Any = None, **__: Any) -> Any:
+    def _kernel_and_render(
+        self, buffer: Any, *_: Any, epilogue_nodes: Any = None, **__: Any
+    ) -> Any:
         assert not epilogue_nodes  # see no_fuse_buffer_names
         kernel = CppTemplateKernel(str(Placeholder.KERNEL_NAME), self.num_threads)
         return kernel, partial(kernel.render, self, outputs=buffer.outputs)
