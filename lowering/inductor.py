@@ -179,17 +179,18 @@ class ActivationTemplate(CppTemplate):
         As Inductor's grouped GEMM makes them; but its ``generate``, which prepares for a benchmark
         among choices, wants all results alike.
         """
+        template: Any = self  # annotated as a CUTLASS template
         buffer = ir.CppTemplateBuffer(
             layout=self.layout,
             inputs=self.input_nodes,
             make_kernel_render=self._kernel_and_render,
-            template=self,
+            template=template,
             choice=None,
         )
         ir.TensorBox.create(buffer)  # registers it
         results = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
         buffer.layout = ir.MultiOutputLayout(device=self.layout.device)
-        buffer.outputs = results
+        buffer.outputs = list(results)
         # The text stores its results itself; what follows is another kernel.
         V.graph.no_fuse_buffer_names.add(buffer.get_name())
         return [ir.TensorBox.create(result) for result in results]
