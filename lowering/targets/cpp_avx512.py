@@ -12,16 +12,13 @@ BLOCK_SIZES = (16, 32, 64, 128)
 
 
 def _templates(problem: GemmProblem) -> tuple[str, ...]:
-    if problem.route == FLOAT:
-        return ("avx512", "avx512_bf16")
+    family = {INT8: "avx512_int8", FLOAT: "avx512_bf16"}[problem.route]
     if problem.block_size:
-        return ("avx512", "avx512_blocks", "avx512_int8_operand", "avx512_int8_blocks")
-    return ("avx512", "avx512_int8_operand", "avx512_int8")
+        return ("avx512", "avx512_blocks", f"{family}_operand", f"{family}_blocks")
+    return ("avx512", f"{family}_operand", family)
 
 
 def _declines(problem: GemmProblem) -> str | None:
-    if problem.block_size and problem.route == FLOAT:
-        return "block scales are written for int8 operands only"
     if problem.block_size and problem.block_size not in BLOCK_SIZES:
         return f"blocks of {problem.block_size} are not written, only {BLOCK_SIZES}"
     return missing_flags(_FLAGS[problem.route])
