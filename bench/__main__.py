@@ -40,7 +40,7 @@ def gemm(
     for result in gemm_bench.run(shapes, m, threads, repetitions):
         timing = result.timing
         typer.echo(
-            f"{result.N}x{result.K} M={result.M:<4} {result.name:<10}"
+            f"{result.N}x{result.K} M={result.M:<4} {result.name:<18}"
             f"{timing.median * 1e3:9.3f} ms ({timing.low * 1e3:.3f} to {timing.high * 1e3:.3f})"
             f"{result.gops:9.1f} GOPS, weights read at {result.bandwidth_share:.0%} of bandwidth"
         )

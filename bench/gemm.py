@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import fp4compile
 from bench.timing import Timing, interleave
+from fp4compile.blocks import SECOND_FORMAT
 from fp4compile.formats import by_name
 from fp4compile.packing import pack
 from fp4compile.tensor import FP4Tensor
@@ -18,6 +19,7 @@ from fp4compile.tensor import FP4Tensor
 # Together larger than any last-level cache, so that decode reads weights from memory.
 WORKING_SET_BYTES = 128 << 20
 BANDWIDTH_FLOATS = 64 << 20
+BLOCK_SIZE, ROTATION, BLOCK_CLIP = 32, 64, 0.85
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def run(
 def _result(
     name: str, M: int, N: int, K: int, threads: int, timing: Timing, bandwidth: float
 ) -> GemmResult:
-    bits = {"fp32": 32, "bf16": 16}.get(name, 4)
+    bits = {"fp32": 32, "bf16": 16, "fp4 w4a4 block 32": 4 + 8 / BLOCK_SIZE}.get(name, 4)
     rate = N * K * bits / 8 / timing.median
     gops = 2 * M * N * K / timing.median / 1e9
     return GemmResult(name, M, N, K, threads, timing, gops, rate / bandwidth)
@@ -70,6 +72,7 @@ def _layers(N: int, K: int) -> dict[str, Callable[[Tensor], Callable[[], Tensor]
     """Ways to compute the layer; each takes x and gives a call that walks through its weights."""
     copies = max(1, WORKING_SET_BYTES // (N * K // 2))
     w4a4 = [_fp4_weight(N, K, "e2m1") for _ in range(copies)]
+    blocks = [_fp4_blocks(N, K) for _ in range(copies)]
     w4a16 = [_fp4_weight(N, K, None) for _ in range(copies)]
     full = torch.randn(N, K)
     bf16 = [full.to(torch.bfloat16) for _ in range(max(1, copies // 4))]
@@ -78,6 +81,7 @@ def _layers(N: int, K: int) -> dict[str, Callable[[Tensor], Callable[[], Tensor]
     compiled = torch.compile(lambda x, w: F.linear(x, w), dynamic=True, fullgraph=True)
     return {
         "fp4 w4a4": lambda x: _walk(compiled, x, w4a4),
+        "fp4 w4a4 block 32": lambda x: _walk(compiled, x, blocks),
         "fp4 w4a16": lambda x: _walk(compiled, x.to(torch.bfloat16), w4a16),
         "bf16": lambda x: _walk(F.linear, x.to(torch.bfloat16), bf16),
         "fp32": lambda x: _walk(F.linear, x, fp32),
@@ -108,4 +112,25 @@ def _fp4_weight(N: int, K: int, activation: str | None) -> Tensor:
         activation_format=activation,
         reduction=K,
         dtype=torch.float32 if activation else torch.bfloat16,
+    )
+
+
+def _fp4_blocks(N: int, K: int) -> Tensor:
+    """As method "best" makes them: two formats, two maxima, rotated."""
+    scales = torch.randint(40, 80, (N, K // BLOCK_SIZE), dtype=torch.uint8)
+    flags = SECOND_FORMAT * torch.randint(0, 2, scales.shape, dtype=torch.uint8)
+    return FP4Tensor(
+        pack(torch.randint(0, 16, (N, K), dtype=torch.uint8), 4),
+        torch.ones(1),
+        torch.tensor(0.01),
+        None,
+        scales | flags,
+        weight_format="e2m1|e1m2",
+        activation_format="e2m1|e1m2",
+        granularity="block",
+        rotation=ROTATION,
+        block_size=BLOCK_SIZE,
+        block_clip=BLOCK_CLIP,
+        reduction=K,
+        dtype=torch.float32,
     )

@@ -45,14 +45,15 @@ def choose(problem: GemmProblem, targets: Sequence[Target]) -> tuple[Target | No
     for target in allowed:
         reason = target.supports(problem)
         if reason is None:
-            return target, _logged_once(problem, target.name, reasons)
+            return target, record(problem, target.name, reasons)
         reasons.append(f"{target.name}: {reason}")
     if not allowed:
         reasons.append("forced by config.cpu_target")
-    return None, _logged_once(problem, REFERENCE, reasons)
+    return None, record(problem, REFERENCE, reasons)
 
 
-def _logged_once(problem: GemmProblem, target: str, reasons: Sequence[str]) -> KernelChoice:
+def record(problem: object, target: str, reasons: Sequence[str] = ()) -> KernelChoice:
+    """The choice of ``target``, logged if it is new."""
     choice = KernelChoice(str(problem), target, "; ".join(reasons))
     if choice not in SEEN:
         SEEN.add(choice)

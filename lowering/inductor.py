@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,15 +24,16 @@ from torch._inductor.codegen.cpp_gemm_template import (
     get_export_declaration,
 )
 from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import register_decomposition
-from torch._inductor.utils import parallel_num_threads
+from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V, ops
 
 import fp4compile
 from fp4compile.errors import CompileError
-from fp4compile.lowering.problem import GemmProblem, bfloat16_bits
+from fp4compile.lowering.problem import ActivationProblem, GemmProblem, bfloat16_bits
 
 TESTED_TORCH = ((2, 12), (2, 15))  # first supported, first not yet tried
 PACKAGE_ROOTS = (Path(fp4compile.__file__).parent, Path(__file__).parent)
@@ -156,6 +157,71 @@ class GemmTemplate(CppTemplate):
         )
 
 
+class ActivationTemplate(CppTemplate):
+    """Rows of an activation to an operand and its scales: two results of one kernel."""
+
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        problem: ActivationProblem,
+        inputs: dict[str, Any],
+        layout: ir.Layout,
+    ) -> None:
+        super().__init__(name, list(inputs.values()), layout, parallel_num_threads())
+        self.source = source
+        self.problem = problem
+        self.input_names = tuple(inputs)
+
+    def results(self, layouts: Sequence[ir.Layout]) -> list[Any]:
+        """IR nodes of the operand and its scale.
+
+        As Inductor's grouped GEMM makes them; but its ``generate``, which prepares for a benchmark
+        among choices, wants all results alike.
+        """
+        template: Any = self  # annotated as a CUTLASS template
+        buffer = ir.CppTemplateBuffer(
+            layout=self.layout,
+            inputs=self.input_nodes,
+            make_kernel_render=self._kernel_and_render,
+            template=template,
+            choice=None,
+        )
+        ir.TensorBox.create(buffer)  # registers it
+        results = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(layouts)]
+        buffer.layout = ir.MultiOutputLayout(device=self.layout.device)
+        buffer.outputs = list(results)
+        # The text stores its results itself; what follows is another kernel.
+        V.graph.no_fuse_buffer_names.add(buffer.get_name())
+        return [ir.TensorBox.create(result) for result in results]
+
+    def _kernel_and_render(
+        self, buffer: Any, *_: Any, epilogue_nodes: Any = None, **__: Any
+    ) -> Any:
+        assert not epilogue_nodes  # see no_fuse_buffer_names
+        kernel = CppTemplateKernel(str(Placeholder.KERNEL_NAME), self.num_threads)
+        return kernel, partial(kernel.render, self, outputs=buffer.outputs)
+
+    def render(self, **kwargs: Any) -> str:
+        """Text of the kernel, without the results that nobody uses."""
+        operand, _ = kwargs["outputs"]
+        outputs = dict(zip(("operand", "operand_scale"), kwargs["outputs"], strict=True))
+        return _parsed(self.source).render(
+            kernel=kwargs["kernel"],
+            header=self.header().getvalue(),
+            export=get_export_declaration(),
+            problem=self.problem,
+            operand_type=DTYPE_TO_CPP[operand.get_dtype()],
+            inputs=dict(zip(self.input_names, self.input_nodes, strict=True)),
+            outputs={
+                name: buffer
+                for name, buffer in outputs.items()
+                if buffer.get_name() not in V.graph.removed_buffers
+            },
+            threads=None if inductor_config.cpp.threads < 1 else self.num_threads,
+        )
+
+
 @cache
 def _parsed(source: str) -> Any:
     # A model renders a handful of texts hundreds of times; parsing was most of its lowering time.
@@ -252,6 +318,29 @@ def gemm(
     layout = ir.FixedLayout(matrix.get_device(), problem.out_dtype, size)
     template = GemmTemplate(name, source, problem, _distinct(inputs), layout)
     return inductor_lowering.view(template.generate().output_node(), [*batch, problem.N])
+
+
+def quantize_rows(
+    name: str,
+    source: str,
+    problem: ActivationProblem,
+    inputs: dict[str, Any],
+    operand_dtype: torch.dtype,
+    batch: Sequence[Any],
+) -> tuple[Any, Any]:
+    """IR nodes of the operand ``[*batch, K]`` and its scale, computed by the text ``source``."""
+    rows, columns = inputs["x"].get_size()
+    device = inputs["x"].get_device()
+    scales = {"tensor": [1], "token": [rows, 1]}.get(problem.granularity) or [rows, problem.blocks]
+    operand_layout = ir.FixedLayout(device, operand_dtype, [rows, columns])
+    scale_layout = ir.FixedLayout(device, torch.float32, scales)
+    template = ActivationTemplate(name, source, problem, _distinct(inputs), operand_layout)
+    operand, scale = template.results([operand_layout, scale_layout])
+    shape = [] if problem.granularity == "tensor" else [*batch, scales[-1]]
+    return (
+        inductor_lowering.view(operand, [*batch, columns]),
+        inductor_lowering.view(scale, shape),
+    )
 
 
 def _distinct(inputs: dict[str, Any]) -> dict[str, Any]:

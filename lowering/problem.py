@@ -1,4 +1,4 @@
-"""GemmProblem: everything a target may look at to accept, decline or render a GEMM."""
+"""What a target may look at to accept, decline or render: a GEMM, or an activation's rounding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fp4compile.blocks import block_count
 from fp4compile.formats import FloatFormat, alternatives
 
 INT8, FLOAT = "int8", "float"
@@ -26,9 +27,19 @@ class GemmProblem:
     device: str = "cpu"
 
     @property
+    def formats(self) -> tuple[FloatFormat, ...]:
+        """The weight's format; with blocks perhaps two, between which every block chooses."""
+        return alternatives(self.weight_format)
+
+    @property
     def format(self) -> FloatFormat:
-        """The weight's format; with blocks the first of its alternatives."""
-        return alternatives(self.weight_format)[0]
+        """The first of :attr:`formats`."""
+        return self.formats[0]
+
+    @property
+    def blocks(self) -> int:
+        """Block scales of a row of the weight."""
+        return block_count(self.K, self.block_size) if self.block_size else 0
 
     @property
     def route(self) -> str:
@@ -47,6 +58,46 @@ class GemmProblem:
         return (
             f"linear N={self.N} K={self.K} {dtype}{scale} x {self.weight_format}{blocks}"
             f"{' + bias' if self.bias else ''} -> {str(self.out_dtype).removeprefix('torch.')}"
+        )
+
+
+@dataclass(frozen=True)
+class ActivationProblem:
+    """One call of ``fp4::quantize_activation`` on ``x[M, K]``; see there. M is a run-time value."""
+
+    K: int
+    dtype: torch.dtype
+    format: str
+    granularity: str
+    shifts: bool  # x comes unshifted and is multiplied by 2^-shift
+    shifts_back: bool  # the operand is multiplied by 2^shift
+    rotation: int
+    block_size: int
+    block_clip: float
+    device: str = "cpu"
+
+    @property
+    def formats(self) -> tuple[FloatFormat, ...]:
+        """The format; for blocks perhaps two."""
+        return alternatives(self.format)
+
+    @property
+    def blocks(self) -> int:
+        """Scales of a row."""
+        return block_count(self.K, self.block_size) if self.granularity == "block" else 1
+
+    @property
+    def clips(self) -> tuple[float, ...]:
+        """Maxima that a block may take, as factors of its own."""
+        return (1.0,) if self.block_clip == 1.0 else (1.0, self.block_clip)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        blocks = f" of {self.block_size}" if self.granularity == "block" else ""
+        rotation = f", rotation {self.rotation}" if self.rotation > 1 else ""
+        return (
+            f"quantize_activation K={self.K} {dtype} -> {self.format} "
+            f"per {self.granularity}{blocks}{rotation}"
         )
 
 

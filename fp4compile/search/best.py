@@ -36,7 +36,7 @@ BLOCK_CLIP = 0.85
 HEADROOM = 4.0
 # Largest sizes of the Hadamard rotations to choose from.
 ROTATIONS = (64, 512)
-TOKEN_CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7)
+CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7)
 # Rows of a large weight that the transform is chosen on.
 CHOICE_ROWS = 2048
 
@@ -162,16 +162,24 @@ def _activations(
     x: Tensor, spec: TensorSpec, shift: Tensor | None, rotation: int
 ) -> Iterator[ActivationQParams]:
     """Candidates with one transform."""
-    common = {"exponent_shift": shift, "shift_in_weight": shift is not None, "rotation": rotation}
     absmax = transformed(x, shift, rotation).abs().amax()
     if spec.granularity == "block":
         outer = outer_scale(HEADROOM * absmax, spec.candidates)
-        name = "|".join(fmt.name for fmt in spec.candidates)
-        blocks = {"block_size": spec.block_size, "block_clip": BLOCK_CLIP}
-        yield ActivationQParams(name, "block", outer, **blocks, **common)
-        return
-    for fmt in spec.candidates:
-        static = scale_for_max(absmax, fmt)
-        for ratio in TOKEN_CLIP_RATIOS:
-            scale = torch.tensor(ratio) if spec.granularity == "token" else static * ratio
-            yield ActivationQParams(fmt.name, spec.granularity, scale, **common)
+        scales = [("|".join(fmt.name for fmt in spec.candidates), outer)]
+    else:
+        scales = [
+            (fmt.name, ratio if spec.granularity == "token" else scale_for_max(absmax * ratio, fmt))
+            for fmt in spec.candidates
+            for ratio in torch.tensor(CLIP_RATIOS)
+        ]
+    for name, scale in scales:
+        yield ActivationQParams(
+            name,
+            spec.granularity,
+            scale,
+            shift,
+            shift_in_weight=shift is not None,
+            rotation=rotation,
+            block_size=spec.block_size,
+            block_clip=BLOCK_CLIP if spec.block_size else 1.0,
+        )

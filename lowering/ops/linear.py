@@ -36,7 +36,7 @@ def linear(
         weight_format=weight_format.lower(),
         operand_dtype=operand.get_dtype(),
         operand_scale=_granularity(operand_scale, block_scale),
-        block_size=block_size,
+        block_size=inductor.static_int(block_size),
         bias=bias is not None,
         out_dtype=out_dtype,
         device=operand.get_device().type,
@@ -64,6 +64,8 @@ def linear(
         "packed_weight": inductor.as_matrix(packed_weight),
         "weight_scale": inductor.as_vector(weight_scale),
     }
+    if block_scale is not None:
+        inputs["block_scale"] = inductor.as_matrix(block_scale)
     if operand_scale is not None:
         inputs["operand_scale"] = inductor.as_vector(operand_scale)
     if bias is not None:
@@ -82,21 +84,24 @@ def _granularity(operand_scale: Any, block_scale: Any) -> str | None:
         return None
     if not operand_scale.get_size():
         return "tensor"
-    blocks = None if block_scale is None else inductor.static_int(block_scale.get_size()[-1])
+    # Blocks as long as a row are the same as tokens.
     columns = inductor.static_int(operand_scale.get_size()[-1])
-    return "block" if columns == blocks else "token"
+    return "token" if block_scale is None or columns == 1 else "block"
 
 
 def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
     """The kernel that compiling ``F.linear`` with ``weight`` will use on this machine."""
     rows, columns = weight.packed_weight.shape[0], weight.reduction
     activation = weight.activation_format
+    granularity = None if activation is None else weight.granularity
+    if granularity == "block" and columns <= weight.block_size:
+        granularity = "token"
     problem = GemmProblem(
         N=rows,
         K=columns,
         weight_format=weight.weight_format,
         operand_dtype=weight.dtype if activation is None else operand_dtype(activation),
-        operand_scale=None if activation is None else weight.granularity,
+        operand_scale=granularity,
         block_size=weight.block_size,
         bias=bias,
         out_dtype=weight.dtype,

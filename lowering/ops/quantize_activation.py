@@ -1,19 +1,31 @@
-"""fp4::quantize_activation in functional torch, so that Inductor fuses it with what produces x."""
+"""fp4::quantize_activation: without blocks and rotation in functional torch, so that Inductor fuses
+it with what produces x; else by a kernel of its own, one pass over each row.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fp4compile.formats import FloatFormat, by_name
+from fp4compile.kernels import REFERENCE
 from fp4compile.lowering import inductor
+from fp4compile.lowering.choice import record
+from fp4compile.lowering.config import config
+from fp4compile.lowering.problem import ActivationProblem
+from fp4compile.lowering.targets.template import text
 from fp4compile.numerics import power_of_two, scale_for_max
 from fp4compile.ops.quantize_activation import operand_dtype
 
+_OP = torch.ops.fp4.quantize_activation.default
+_reference = inductor.eager_reference(_OP)
 FLOAT32_EXPONENT = 0x7F800000
+MAX_CHANNELS = 2**17
 
 
-@inductor.register_as_aten(torch.ops.fp4.quantize_activation.default)
+@inductor.register_as_aten(_OP)
 def quantize_activation(
     x: Tensor,
     scale: Tensor,
@@ -40,6 +52,70 @@ def quantize_activation(
     if exponent_shift is not None and not shift_in_weight:
         rounded = rounded * power_of_two(exponent_shift)
     return rounded.to(operand_dtype(format)), operand_scale
+
+
+@inductor.register(_OP)
+def quantize_rows(
+    x: Any,
+    scale: Any,
+    exponent_shift: Any,
+    format: str,
+    granularity: str,
+    shift_folded: bool = False,
+    shift_in_weight: bool = False,
+    rotation: int = 1,
+    block_size: int = 0,
+    block_clip: float = 1.0,
+) -> tuple[Any, Any]:
+    problem = ActivationProblem(
+        K=inductor.static_int(x.get_size()[-1]),
+        dtype=x.get_dtype(),
+        format=format.lower(),
+        granularity=granularity,
+        shifts=exponent_shift is not None and not shift_folded,
+        shifts_back=exponent_shift is not None and not shift_in_weight,
+        rotation=inductor.static_int(rotation),
+        block_size=inductor.static_int(block_size),
+        block_clip=block_clip,
+        device=x.get_device().type,
+    )
+    reason = _declines(problem)
+    if reason is not None:
+        record(problem, REFERENCE, (reason,))
+        return _reference(
+            x,
+            scale,
+            exponent_shift,
+            format,
+            granularity,
+            shift_folded,
+            shift_in_weight,
+            rotation,
+            block_size,
+            block_clip,
+        )
+    record(problem, "cpp")
+    inputs = {"x": inductor.as_matrix(x), "scale": inductor.as_vector(scale)}
+    if problem.shifts or problem.shifts_back:
+        inputs["exponent_shift"] = inductor.as_vector(exponent_shift)
+    return inductor.quantize_rows(
+        "fp4_quantize_activation",
+        text("quantize_activation"),
+        problem,
+        inputs,
+        operand_dtype(format),
+        batch=x.get_size()[:-1],
+    )
+
+
+def _declines(problem: ActivationProblem) -> str | None:
+    if problem.device != "cpu":
+        return f"the activation is on {problem.device}"
+    if problem.K > MAX_CHANNELS:
+        return f"a row of more than {MAX_CHANNELS} channels is too large for the stack"
+    if config.cpu_target == REFERENCE:
+        return "forced by config.cpu_target"
+    return None
 
 
 def _round_steps(steps: Tensor, fmt: FloatFormat) -> Tensor:

@@ -9,6 +9,8 @@ from fp4compile.lowering.targets.template import CppTarget, missing_flags
 def _declines(problem: GemmProblem) -> str | None:
     if problem.route != INT8:
         return f"a {problem.operand_dtype} operand needs float sums; only int8 is written"
+    if problem.block_size:
+        return "block scales need a sum per block, which is not written"
     return missing_flags(("avx2",))
 
 

@@ -15,7 +15,8 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
 @cache
-def _text(name: str) -> str:
+def text(name: str) -> str:
+    """The template called ``name``."""
     return (TEMPLATES / f"{name}.jinja").read_text()
 
 
@@ -35,7 +36,7 @@ class CppTarget:
 
     def source(self, problem: GemmProblem) -> str:
         """Kernel text (jinja)."""
-        return "\n".join(_text(part) for part in ("prelude", *self.templates(problem), "driver"))
+        return "\n".join(text(part) for part in ("prelude", *self.templates(problem), "driver"))
 
 
 def layout_reason(problem: GemmProblem) -> str | None:
@@ -44,8 +45,8 @@ def layout_reason(problem: GemmProblem) -> str | None:
         return f"the operand is on {problem.device}"
     if problem.format.bits != 4:
         return f"{problem.weight_format} has {problem.format.bits} bits; the kernels read nibbles"
-    if problem.block_size:
-        return "block scales need a sum per block"
+    if problem.block_size % 2:
+        return f"a block of {problem.block_size} codes ends within a byte"
     return None
 
 

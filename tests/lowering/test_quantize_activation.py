@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
+from fp4compile import lowering
+from fp4compile.lowering.choice import SEEN
+
 Make = Callable[..., Any]
 
 quantize = torch.ops.fp4.quantize_activation
@@ -48,3 +51,96 @@ def test_fuses_with_its_producer(compiled: Make, granularity: str, dtype: torch.
     assert code.count("async_compile.cpp_pybinding") == 1
     assert "at::vec::Vectorized<float>" in code
     assert "torch.ops.fp4" not in code
+
+
+def extremes(M: int, K: int, dtype: torch.dtype) -> Tensor:
+    """Rows of all magnitudes; zeros, every tie, NaN and infinities among them."""
+    x = torch.randn(M, K) * torch.logspace(-3, 3, M).unsqueeze(-1)
+    if M > 6:
+        x[1] = 0
+        x[2, K // 2] = torch.nan
+        x[3, 0], x[3, -1] = torch.inf, -torch.inf
+        x[4] = torch.arange(K) * 0.25 - 6
+        x[5] *= 1e-35
+        x[6] *= 1e35
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("format", "granularity", "rotation", "block_size", "block_clip", "K", "dtype", "shift"),
+    [
+        ("e2m1|e1m2", "block", 64, 32, 0.85, 576, torch.float32, None),
+        ("e2m1|e1m2", "block", 1, 32, 0.85, 131, torch.float32, "in weight"),
+        ("e2m1|e1m2", "block", 512, 32, 0.85, 1536, torch.bfloat16, "in weight"),
+        ("e2m1", "block", 8, 16, 1.0, 200, torch.float16, "folded"),
+        ("e1m2|e3m0", "block", 2, 64, 0.9, 130, torch.float32, None),
+        ("e1m6|e2m5", "block", 4, 128, 0.85, 300, torch.float32, None),
+        ("e2m1", "block", 1, 8, 0.85, 77, torch.float32, "back"),
+        ("e4m3", "block", 16, 8, 1.0, 80, torch.bfloat16, None),
+        ("e2m1", "token", 64, 0, 1.0, 576, torch.float32, "in weight"),
+        ("e4m3", "token", 512, 0, 1.0, 1024, torch.float32, None),
+        ("e3m0", "tensor", 16, 0, 1.0, 80, torch.bfloat16, None),
+    ],
+)
+def test_blocks_and_rotation_equal_eager(
+    compiled: Make,
+    format: str,
+    granularity: str,
+    rotation: int,
+    block_size: int,
+    block_clip: float,
+    K: int,
+    dtype: torch.dtype,
+    shift: str | None,
+) -> None:
+    scale = torch.tensor(0.05 if granularity == "block" else 0.7)
+    exponents = torch.randint(0, 3, (K,), dtype=torch.int8) if shift else None
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize(
+            x, scale, exponents, format, granularity, shift == "folded",
+            shift in ("in weight", "folded"), rotation, block_size, block_clip,
+        )  # fmt: skip
+
+    fast = compiled(run)
+    for M, threads in ((40, 1), (40, 2), (1, 1), (0, 1)):
+        torch.set_num_threads(threads)
+        x = extremes(M, K, dtype)
+        for got, expected in zip(fast(x), run(x), strict=True):
+            assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+            assert torch.equal(got.float().nan_to_num(12345), expected.float().nan_to_num(12345))
+    assert {choice.target for choice in SEEN} == {"cpp"}
+
+
+def block_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize(x, torch.tensor(0.01), None, "e2m1", "block", rotation=8, block_size=32)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda operand, scale: operand.float() * 2,
+        lambda operand, scale: scale * 2,
+        lambda operand, scale: (operand.float() * 3, scale + 1, operand),
+    ],
+    ids=["operand", "scale", "both"],
+)
+def test_results_may_go_unused_or_on(compiled: Make, use: Callable[..., Any]) -> None:
+    def run(x: Tensor) -> Any:
+        return use(*block_quantize(x * 2))
+
+    x = torch.randn(2, 3, 72)
+    got, (code,) = run_and_get_code(compiled(run), x)
+    assert "torch.ops.fp4" not in code
+    for fast, slow in zip(got, run(x), strict=True):
+        assert torch.equal(fast, slow)
+
+
+def test_forced_reference_is_logged(compiled: Make, caplog: pytest.LogCaptureFixture) -> None:
+    lowering.config.cpu_target = "reference"
+    x = torch.randn(3, 64)
+    for fast, slow in zip(compiled(block_quantize)(x), block_quantize(x), strict=True):
+        assert torch.equal(fast, slow)
+    (choice,) = SEEN
+    assert choice.is_reference
+    assert "rotation 8: reference (forced" in caplog.text

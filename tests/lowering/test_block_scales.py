@@ -1,0 +1,202 @@
+"""Compiled fp4::linear with block scales against the float64 product of what the codes mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fp4compile import lowering
+from fp4compile.blocks import SECOND_FORMAT, block_count, per_channel
+from fp4compile.kernels import REFERENCE
+from fp4compile.lowering.choice import SEEN
+from fp4compile.lowering.problem import GemmProblem
+from fp4compile.lowering.targets import CppTarget
+from fp4compile.packing import pack, unpack_blocks
+from fp4compile.tensor import FP4Tensor
+
+Make = Callable[..., Any]
+
+linear = torch.ops.fp4.linear
+# Below, at and above every tile and every switch between kernels.
+ROWS = (3, 1, 2, 4, 5, 33, 400)
+
+
+@dataclass
+class Blocks:
+    """A random weight ``[N, K]`` with a scale, and perhaps a format, per block."""
+
+    K: int
+    size: int
+    format: str
+    packed: Tensor
+    codes: Tensor
+    outer: Tensor
+
+    @staticmethod
+    def random(N: int, K: int, size: int, format: str, scales: range = range(1, 127)) -> Blocks:
+        shape = (N, block_count(K, size))
+        codes = torch.tensor(scales, dtype=torch.uint8)[torch.randint(len(scales), shape)]
+        if "|" in format:
+            codes |= SECOND_FORMAT * torch.randint(0, 2, shape, dtype=torch.uint8)
+        packed = pack(torch.randint(0, 16, (N, K), dtype=torch.uint8), 4)
+        return Blocks(K, size, format, packed, codes, torch.tensor([0.25]))
+
+    def linear(self, operand: Tensor, scale: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        return linear(
+            operand, scale, self.packed, self.outer, bias, self.format, torch.float32,
+            self.codes, self.size,
+        )  # fmt: skip
+
+    def check(self, y: Tensor, operand: Tensor, scale: Tensor | None) -> None:
+        """``y`` is the product, to a few float32 roundings of its largest terms."""
+        x = operand.to(torch.float64)
+        if scale is not None:
+            blocks = scale.dim() == 2 and scale.shape[-1] == self.codes.shape[-1]
+            x = x * (per_channel(scale, self.size, self.K) if blocks else scale)
+        weight = unpack_blocks(
+            self.packed, self.codes, self.outer, self.format, self.size, self.K
+        ).to(torch.float64)
+        error = (y - x @ weight.t()).abs()
+        assert bool((error <= 1e-6 * (x.abs() @ weight.abs().t())).all())
+
+
+def skip_if_declined(target: CppTarget) -> None:
+    for choice in SEEN:
+        if choice.target != target.name:
+            pytest.skip(choice.reason)
+
+
+def scale_of(granularity: str | None, rows: int, blocks: int) -> Tensor | None:
+    return {
+        "block": torch.rand(rows, blocks),
+        "token": torch.rand(rows, 1),
+        "tensor": torch.tensor(0.37),
+        None: None,
+    }[granularity]
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "size", "format", "granularity"),
+    [
+        (70, 2248, 32, "e2m1|e1m2", "block"),
+        (33, 777, 16, "e1m2", "token"),
+        (65, 640, 16, "e1m2|e2m1", "block"),
+        (128, 1040, 64, "e2m1|e3m0", "block"),
+        (16, 2304, 128, "e2m1|e1m2", "tensor"),
+        (1, 1, 32, "e2m1|e1m2", "block"),
+    ],
+)
+def test_int8_operand(
+    compiled: Make,
+    int8_operand: Make,
+    target: CppTarget,
+    N: int,
+    K: int,
+    size: int,
+    format: str,
+    granularity: str,
+) -> None:
+    weight = Blocks.random(N, K, size, format)
+    fast = compiled(weight.linear)
+    for M in ROWS:
+        operand, scale = int8_operand(M, K), scale_of(granularity, M, weight.codes.shape[-1])
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = fast(operand, scale)
+            skip_if_declined(target)
+            weight.check(y, operand, scale)
+
+
+@pytest.mark.parametrize("size", [16, 32, 128])
+def test_sums_are_exact(compiled: Make, int8_operand: Make, target: CppTarget, size: int) -> None:
+    # Scales of 1, 2 and 4 leave integers that float32 holds, so nothing is ever rounded.
+    weight = Blocks.random(70, 400, size, "e2m1|e1m2", range(0x38, 0x49, 8))
+    bias = torch.arange(70).to(torch.bfloat16)
+    fast = compiled(lambda operand, scale: weight.linear(operand, scale, bias))
+    for M in ROWS:
+        operand = int8_operand(M, 400)
+        scale = 2.0 ** torch.randint(-1, 2, (M, weight.codes.shape[-1]))
+        y = fast(operand, scale)
+        skip_if_declined(target)
+        assert torch.equal(y, weight.linear(operand, scale, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [16, 32])
+def test_weight_only(compiled: Make, target: CppTarget, dtype: torch.dtype, size: int) -> None:
+    weight = Blocks.random(70, 1160, size, "e2m1|e1m2")
+    fast = compiled(lambda x: weight.linear(x, None))
+    for M in ROWS:
+        x = torch.randn(M, 1160).to(dtype)
+        y = fast(x)
+        skip_if_declined(target)
+        weight.check(y, x, None)
+
+
+def test_bfloat16_operand_with_scales(compiled: Make, target: CppTarget) -> None:
+    weight = Blocks.random(40, 160, 32, "e2m1|e1m2")
+    operand, scale = torch.randint(-448, 449, (7, 160)).to(torch.bfloat16), torch.rand(7, 5)
+    y = compiled(weight.linear)(operand, scale)
+    skip_if_declined(target)
+    weight.check(y, operand, scale)
+
+
+def test_fused_epilogue(compiled: Make, int8_operand: Make, target: CppTarget) -> None:
+    weight = Blocks.random(70, 64, 32, "e2m1|e1m2")
+
+    def run(operand: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
+        return F.silu(weight.linear(operand, scale)) + residual
+
+    counters = torch._dynamo.utils.counters["inductor"]
+    fused = counters["cpp_epilogue_fusion_counter"]
+    arguments = int8_operand(2, 5, 64), torch.rand(2, 5, 2) * 1e-5, torch.randn(2, 5, 70)
+    fast = compiled(run)(*arguments)
+    skip_if_declined(target)
+    torch.testing.assert_close(fast, run(*arguments))
+    assert counters["cpp_epilogue_fusion_counter"] > fused
+
+
+@pytest.mark.parametrize("activation", ["e2m1|e1m2", None])
+@pytest.mark.parametrize("K", [32, 96])
+def test_kernel_for_tells_what_compiling_chooses(
+    compiled: Make, K: int, activation: str | None
+) -> None:
+    codes = Blocks.random(8, K, 32, "e2m1|e1m2")
+    weight = FP4Tensor(
+        codes.packed,
+        codes.outer,
+        None if activation is None else torch.tensor(0.01),
+        None,
+        codes.codes,
+        weight_format=codes.format,
+        activation_format=activation,
+        granularity="block",
+        block_size=32,
+        reduction=K,
+    )
+    told = lowering.kernel_for(weight, False)
+    SEEN.clear()
+    x = torch.randn(3, K)
+    compiled(lambda x: F.linear(x, weight))(x)
+    assert told in SEEN
+    assert all(choice.target != REFERENCE for choice in SEEN)
+
+
+def test_six_bits_decline(target: CppTarget) -> None:
+    problem = GemmProblem(
+        N=8,
+        K=64,
+        weight_format="e2m3|e1m4",
+        operand_dtype=torch.int8,
+        operand_scale="block",
+        block_size=32,
+        bias=False,
+        out_dtype=torch.float32,
+    )
+    assert "6 bits" in (target.supports(problem) or "")
