@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fp4compile.blocks import block_scales, in_second_format, per_channel
 from fp4compile.formats import alternatives, by_name
-from fp4compile.numerics import quantize, steps_to_code
+from fp4compile.numerics import fake_quantize, quantize, steps_to_code
 from fp4compile.operand import working_weight
 from fp4compile.packing import pack, unpack_blocks, unpack_values
 from fp4compile.qparams import ActivationQParams, WeightQParams
@@ -82,6 +82,8 @@ def packed_codes(weight: Tensor, qparams: WeightQParams) -> Tensor:
 
 def dequantized(weight: Tensor, qparams: WeightQParams) -> Tensor:
     """What the codes of ``weight`` mean, float32 ``[N, K]``, in the space of ``weight``."""
+    if qparams.packed is None and qparams.block_scale is None:
+        return fake_quantize(weight, by_name(qparams.format), qparams.scale[:, None])
     packed, channels = packed_codes(weight, qparams), weight.shape[1]
     if qparams.block_scale is None:
         return unpack_values(packed, by_name(qparams.format), channels) * qparams.scale[:, None]

@@ -107,6 +107,17 @@ def test_torch_compile_takes_quantized_models(backend):
     assert torch.equal(got, expected)
 
 
+def test_blocks_and_rotation_compile_to_kernels():
+    model = fp4compile.quantize(tiny_llama(layers=1), DATA, method="best", progress=False)
+    rotations = [site.rotation for site in model.fp4_report.sites]
+    assert max(rotations) > 1
+    ids = tokens(3, 7)
+    expected = model(ids).logits
+    got = compile_model(model)(ids).logits
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+    assert not any(choice.is_reference for choice in model.fp4_report.kernels.values())
+
+
 def test_quantize_and_compile_returns_the_same_model():
     model = Linears()
     x = torch.randn(5, 16)

@@ -104,29 +104,31 @@ def output_errors(
     """Relative output error of every site with weights and activation quantized, on weighted
     tokens; about 1000 of them.
     """
+    return all_output_errors(problem, tokens, [(weights, activation)])[0]
+
+
+def all_output_errors(
+    problem: GroupProblem, tokens: Tokens, decisions: Sequence[Decision]
+) -> list[dict[str, float]]:
+    """:func:`output_errors` of several decisions."""
     some = tokens.thinned(ERROR_TOKENS)
     x = some.scaled(some.x)
-    x_hat = x if activation is None else some.scaled(apply_activation(some.x, activation))
-    return {
-        name: _output_error(x, x_hat, weight, weights[name], activation)
-        for name, weight in problem.weights.items()
-    }
-
-
-def _output_error(
-    x: Tensor,
-    x_hat: Tensor,
-    weight: Tensor,
-    qparams: WeightQParams,
-    activation: ActivationQParams | None,
-) -> float:
-    error = power = 0.0
-    for rows, part in row_parts(weight, qparams):
-        y = x @ rows.t()
-        power += float(y.square().sum())
-        y_hat = x_hat @ dequantized(for_activation(rows, activation), part).t()
-        error += float(y_hat.sub_(y).square().sum())
-    return error / max(power, TINY)
+    seen = [x if a is None else some.scaled(apply_activation(some.x, a)) for _, a in decisions]
+    found: list[dict[str, float]] = [{} for _ in decisions]
+    for name, weight in problem.weights.items():
+        power = 0.0
+        errors = [0.0] * len(decisions)
+        parts = [row_parts(weight, weights[name]) for weights, _ in decisions]
+        for of_decisions in zip(*parts, strict=True):
+            rows = of_decisions[0][0]
+            y = x @ rows.t()
+            power += float(y.square().sum())
+            for index, (_, part) in enumerate(of_decisions):
+                quantized = dequantized(for_activation(rows, decisions[index][1]), part)
+                errors[index] += float((seen[index] @ quantized.t()).sub_(y).square_().sum())
+        for index, error in enumerate(errors):
+            found[index][name] = error / max(power, TINY)
+    return found
 
 
 def accepted(
@@ -137,7 +139,7 @@ def accepted(
     Decisions that share their activation are taken apart: every weight has its best.
     """
     decisions = [*decisions, minmax_decision(problem)]
-    scored = [output_errors(problem, held_out, *decision) for decision in decisions]
+    scored = all_output_errors(problem, held_out, decisions)
     base = scored[-1]
     best = min(
         (_best_weights(decisions, scored, activation) for _, activation in decisions),

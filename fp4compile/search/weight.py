@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,8 @@ STEPS_PER_OCTAVE = 8
 OCTAVES_BELOW = 1.125
 # Candidates per row that get the exact objective, after ranking by its diagonal.
 EXACT_CANDIDATES = 3
-# Then the best scale is refined by these exponents, halving the grid's step twice.
-REFINEMENTS = (1 / 16, 1 / 32)
+# Then the best scale is refined by this exponent, halving the grid's step.
+REFINEMENT = 1 / 16
 # Rows that a tensor's format is chosen on.
 FORMAT_ROWS = 64
 
@@ -45,13 +45,27 @@ class OutputError:
         """Inputs ``x`` ``[T, K]`` that the layer sees as ``x_hat``."""
         return cls(x_hat.t() @ x_hat, x_hat.t() @ x)
 
-    def rows(self, candidate: Tensor, weight: Tensor) -> Tensor:
-        """Error of every row ``[N]``, less what no candidate changes (``w H w^T``)."""
+    def rows_of(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """For rows ``weight`` ``[N, K]``: a candidate's error of every row ``[N]``, less what no
+        candidate changes (``w H w^T``).
+        """
         if self.cross_moment is self.quantized_moment:
-            difference = candidate - weight
-            return (difference @ self.quantized_moment * difference).sum(dim=1)
+
+            def of_difference(candidate: Tensor) -> Tensor:
+                difference = candidate - weight
+                return (difference @ self.quantized_moment).mul_(difference).sum(dim=1)
+
+            return of_difference
         cross = 2 * weight @ self.cross_moment.t()
-        return ((candidate @ self.quantized_moment - cross) * candidate).sum(dim=1)
+
+        def of_candidate(candidate: Tensor) -> Tensor:
+            return (candidate @ self.quantized_moment).sub_(cross).mul_(candidate).sum(dim=1)
+
+        return of_candidate
+
+    def rows(self, candidate: Tensor, weight: Tensor) -> Tensor:
+        """:meth:`rows_of` for one candidate."""
+        return self.rows_of(weight)(candidate)
 
     def diagonal_rows(self, candidate: Tensor, weight: Tensor) -> Tensor:
         """:meth:`rows` without the correlation between channels, K times cheaper."""
@@ -75,13 +89,11 @@ def search_weight(
 
 def _search_rows(weight: Tensor, objective: OutputError, fmt: FloatFormat) -> Tensor:
     """The best scale of every row ``[N]``."""
-    scale, error = _best_of(weight, objective, fmt, _shortlist(weight, objective, fmt))
-    for step in REFINEMENTS:
-        around = torch.stack((scale * 2.0**step, scale * 2.0**-step))
-        moved, moved_error = _best_of(weight, objective, fmt, around)
-        scale = torch.where(moved_error < error, moved, scale)
-        error = torch.minimum(moved_error, error)
-    return scale
+    errors_of = objective.rows_of(weight)
+    scale, error = _best_of(weight, errors_of, fmt, _shortlist(weight, objective, fmt))
+    around = torch.stack((scale * 2.0**REFINEMENT, scale * 2.0**-REFINEMENT))
+    moved, moved_error = _best_of(weight, errors_of, fmt, around)
+    return torch.where(moved_error < error, moved, scale)
 
 
 def _best_format(
@@ -89,9 +101,10 @@ def _best_format(
 ) -> FloatFormat:
     """The format of least error on some of the rows."""
     some = weight[:: max(1, len(weight) // FORMAT_ROWS)]
+    errors_of = objective.rows_of(some)
 
     def error(fmt: FloatFormat) -> float:
-        _, errors = _best_of(some, objective, fmt, _shortlist(some, objective, fmt))
+        _, errors = _best_of(some, errors_of, fmt, _shortlist(some, objective, fmt))
         return float(errors.sum())
 
     return min(formats, key=error)
@@ -114,11 +127,9 @@ def _shortlist(weight: Tensor, objective: OutputError, fmt: FloatFormat) -> Tens
 
 
 def _best_of(
-    weight: Tensor, objective: OutputError, fmt: FloatFormat, scales: Tensor
+    weight: Tensor, errors_of: Callable[[Tensor], Tensor], fmt: FloatFormat, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(scale ``[N]``, exact error ``[N]``) of the best of ``scales`` for every row."""
-    errors = torch.stack(
-        [objective.rows(fake_quantize(weight, fmt, s[:, None]), weight) for s in scales]
-    )
+    errors = torch.stack([errors_of(fake_quantize(weight, fmt, s[:, None])) for s in scales])
     error, index = errors.min(dim=0)
     return scales.gather(0, index[None])[0], error
