@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,12 @@ CODES = ("packed", "block_scale")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Decision per site name. Floats survive the JSON bit for bit (float32 fits a double)."""
+    """Decision per site name, and why other parameters were ``skipped``. Floats survive the JSON
+    bit for bit (float32 fits a double).
+    """
 
     sites: Mapping[str, SiteQParams]
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the recipe as JSON, and its codes beside it."""
@@ -43,7 +46,12 @@ class Recipe:
         }
         if codes:
             save_file(codes, _codes_path(path))
-        content = {"version": VERSION, "codes": bool(codes), "sites": sites}
+        content = {
+            "version": VERSION,
+            "codes": bool(codes),
+            "skipped": dict(self.skipped),
+            "sites": sites,
+        }
         Path(path).write_text(json.dumps(content, indent=1))
 
     @classmethod
@@ -65,7 +73,7 @@ class Recipe:
                 name: _site_from_json(site, {part: codes.get(f"{name}.{part}") for part in CODES})
                 for name, site in content["sites"].items()
             }
-            return cls(sites)
+            return cls(sites, content["skipped"])
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error}") from error
         except (ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -98,7 +98,7 @@ def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) 
         if site.name not in rewrite.qparams
     }
     skipped = {**rewrite.graph.skipped, **undecided}
-    return Report(spec, method, sites, skipped, seconds, Recipe(rewrite.qparams))
+    return Report(spec, method, sites, skipped, seconds, Recipe(rewrite.qparams, skipped))
 
 
 def _site_report(rewrite: Rewrite, site: Site, producer: str | None) -> SiteReport:

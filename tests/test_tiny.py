@@ -19,6 +19,7 @@ from fp4compile.errors import (
     SelectionError,
 )
 from fp4compile.qparams import PRESETS
+from fp4compile.recipe import Recipe
 from fp4compile.tensor import FP4Tensor
 
 DATA = [tokens(seed=1), tokens(seed=2)]
@@ -103,6 +104,15 @@ def test_a_recipe_repeats_the_run_bit_for_bit(w4a4, tmp_path):
     again = fp4compile.quantize(tiny_llama(), recipe=path)
     with torch.no_grad():
         assert torch.equal(again(tokens()).logits, w4a4(tokens()).logits)
+
+
+def test_a_recipe_says_why_a_weight_was_skipped(tmp_path):
+    model = fp4compile.quantize(
+        tiny_llama(), DATA, method="minmax", ignore=["*.down_proj"], progress=False
+    )
+    model.fp4_report.recipe.save(tmp_path / "recipe.json")
+    skipped = Recipe.load(tmp_path / "recipe.json").skipped
+    assert skipped["model.layers.0.mlp.down_proj.weight"] == "in ignore"
 
 
 def test_wrong_recipes_are_refused(tmp_path):
