@@ -56,10 +56,9 @@ def fpq(problem: GroupProblem) -> dict[str, SiteQParams]:
     """The full search. What does not beat min-max on held-out tokens is not accepted."""
     _check(problem)
     train, held_out = split(weighted_tokens(problem))
-    decisions = _decisions(problem, train, None)
     if _has_bits_to_spare(problem):
-        decisions += _balanced_decisions(problem, train)
-    return accepted(problem, held_out, decisions)
+        return accepted(problem, held_out, _balanced_decisions(problem, train))
+    return accepted(problem, held_out, _decisions(problem, train, None))
 
 
 def _has_bits_to_spare(problem: GroupProblem) -> bool:
