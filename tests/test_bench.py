@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from bench import gemm
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import VOCABULARY, tiny_llama
+
+from bench import accuracy, gemm
 from bench.timing import interleave
+from fp4compile.search import METHODS
 
 
 def test_candidates_take_turns():
@@ -19,6 +26,33 @@ def test_every_way_to_compute_the_layer_is_measured(monkeypatch):
     monkeypatch.setattr(gemm, "WORKING_SET_BYTES", 1 << 12)
     monkeypatch.setattr(gemm, "BANDWIDTH_FLOATS", 1 << 12)
     results = list(gemm.run([(32, 64)], [1, 3], threads=1, repetitions=2))
-    names = ["fp4 w4a4", "fp4 w4a16", "bf16", "fp32"]
+    names = ["fp4 w4a4", "fp4 w4a4 block 32", "fp4 w4a16", "bf16", "fp32"]
     assert [(r.M, r.name) for r in results] == [(m, name) for m in (1, 3) for name in names]
     assert all(result.gops > 0 for result in results)
+
+
+class Tokenizer:
+    """A token per character."""
+
+    def __call__(self, text: str, **options):
+        ids = [ord(character) % VOCABULARY for character in text[:4096]]
+        tensors = options.get("return_tensors") == "pt"
+        batch = SimpleNamespace(input_ids=torch.tensor([ids]))
+        return batch if tensors else {"input_ids": ids}
+
+
+@pytest.mark.parametrize(
+    "name", ["full precision", "w4a4 minmax", "w4a4 fpq_baseline on the reference's inputs"]
+)
+def test_a_configuration_is_measured(name, monkeypatch):
+    monkeypatch.setattr(accuracy, "load_demo_model", lambda *_: (tiny_llama(layers=1), Tokenizer()))
+    result = accuracy.measure(name, 511)
+    assert result.perplexity > 1
+    assert result.tokens == 511
+    assert result.bits_per_weight == 16 or 4 < result.bits_per_weight < 6
+    assert (not result.layer_errors) == (name == "full precision")
+
+
+def test_every_configuration_is_one_that_quantize_takes():
+    for configuration in accuracy.CONFIGURATIONS.values():
+        assert configuration.method in (None, *METHODS)
