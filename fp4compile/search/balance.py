@@ -23,8 +23,20 @@ def balancing_shift(problem: GroupProblem, tokens: Tokens) -> Tensor:
     norm = torch.zeros_like(rms)
     for weight in problem.weights.values():
         norm += weight.square().sum(dim=0)
-    used = (rms > 0) & (norm > 0)
-    log = (rms.clamp_min(TINY).log2() - norm.clamp_min(TINY).sqrt().log2()) / 2
+    return _centred((_log2(rms) - _log2(norm.sqrt())) / 2, (rms > 0) & (norm > 0))
+
+
+def equalizing_shift(tokens: Tokens) -> Tensor:
+    """int8 ``[K]``: log2 of the channel maxima about their mean, which all become alike."""
+    absmax = tokens.x.abs().amax(dim=0)
+    return _centred(_log2(absmax), absmax > 0)
+
+
+def _log2(x: Tensor) -> Tensor:
+    return x.clamp_min(TINY).log2()
+
+
+def _centred(log: Tensor, used: Tensor) -> Tensor:
     log = torch.where(used, log - log[used].mean(), torch.zeros(()))
     return log.round().clamp(-LARGEST_SHIFT, LARGEST_SHIFT).to(torch.int8)
 

@@ -16,7 +16,7 @@ from fp4compile.errors import SpecError
 from fp4compile.formats import FloatFormat, by_name
 from fp4compile.qparams import ActivationQParams, SiteQParams, TensorSpec, WeightQParams
 from fp4compile.search.activation import ActivationError, search_activation
-from fp4compile.search.balance import balancing_shift, moved
+from fp4compile.search.balance import balancing_shift, equalizing_shift, moved
 from fp4compile.search.candidates import (
     Decision,
     accepted,
@@ -31,6 +31,8 @@ from fp4compile.search.tokens import Tokens, split, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
 
 OBJECTIVE_TOKENS = 1024
+# Between 4-bit activations and weights nothing is gained by moving shifts.
+COARSE_BITS = 4
 # The scales of a row are few choices; moments of so many tokens decide them as well as all.
 MOMENT_TOKENS = 2048
 
@@ -56,25 +58,37 @@ def fpq(problem: GroupProblem) -> dict[str, SiteQParams]:
     """The full search. What does not beat min-max on held-out tokens is not accepted."""
     _check(problem)
     train, held_out = split(weighted_tokens(problem))
+    decisions = _decisions(problem, train, None)
     if _has_bits_to_spare(problem):
-        return accepted(problem, held_out, _balanced_decisions(problem, train))
-    return accepted(problem, held_out, _decisions(problem, train, None))
+        for shift in (balancing_shift(problem, train), equalizing_shift(train)):
+            decisions += _moved_decisions(problem, train, shift, decisions[0][1])
+    return accepted(problem, held_out, decisions)
 
 
 def _has_bits_to_spare(problem: GroupProblem) -> bool:
     """Whether activations are so fine that powers of two may move from them into the weights."""
-    weight, activation = problem.spec.weight, problem.spec.activation
+    activation = problem.spec.activation
     return (
         activation is not None
         and activation.exponent_shift
-        and activation.bits > weight.bits
+        and activation.bits > COARSE_BITS
         and problem.options.balance
         and not problem.decided
     )
 
 
-def _balanced_decisions(problem: GroupProblem, tokens: Tokens) -> list[Decision]:
-    shift = balancing_shift(problem, tokens)
+def _moved_decisions(
+    problem: GroupProblem, tokens: Tokens, shift: Tensor, unmoved: ActivationQParams | None
+) -> list[Decision]:
+    """With ``shift`` moved into the weights, and the activation's format of the search without."""
+    assert unmoved is not None
+    assert problem.spec.activation is not None
+    one_format = replace(problem.spec.activation, formats=(unmoved.format,))
+    problem = replace(
+        problem,
+        spec=replace(problem.spec, activation=one_format),
+        options=replace(problem.options, rounds=1),
+    )
     found = _decisions(*moved(problem, tokens, shift), shift)
     activation = found[0][1]  # the same for all
     assert activation is not None

@@ -39,7 +39,7 @@ class SearchOptions:
     rounds: int = 3
     sink_power: float = 1.0
     weight_sink_power: float = 16.0
-    format_margin: float = 0.1
+    format_margin: float = 0.02
     largest_rotation: int = 512
     balance: bool = True
 
