@@ -30,7 +30,7 @@ class SearchOptions:
     is at most ``1 + format_margin`` times the best one's.
 
     ``balance``: exponent shifts may move from activations into weights (``"best"``, and ``"fpq"``
-    where activations have more bits than weights). ``largest_rotation``: of the Hadamard matrices
+    where activations have more than 4 bits). ``largest_rotation``: of the Hadamard matrices
     of ``"best"``; 1 for none.
     """
 
