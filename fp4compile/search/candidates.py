@@ -20,7 +20,7 @@ from fp4compile.weights import ROWS, dequantized, for_activation, row_parts
 MINMAX_FORMATS = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
 ERROR_TOKENS = 1024
 
-Decision = tuple[dict[str, WeightQParams], ActivationQParams | None]
+Decision = tuple[Mapping[str, WeightQParams], ActivationQParams | None]
 
 
 def minmax_format(spec: TensorSpec) -> FloatFormat:
