@@ -31,6 +31,8 @@ from fp4compile.search.tokens import Tokens, split, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
 
 OBJECTIVE_TOKENS = 1024
+PROMISE_ROWS = 128
+PROMISE = 1.2
 # Between 4-bit activations and weights nothing is gained by moving shifts.
 COARSE_BITS = 4
 # The scales of a row are few choices; moments of so many tokens decide them as well as all.
@@ -60,7 +62,8 @@ def fpq(problem: GroupProblem) -> dict[str, SiteQParams]:
     train, held_out = split(weighted_tokens(problem))
     decisions = _decisions(problem, train, None)
     if _has_bits_to_spare(problem):
-        for shift in (balancing_shift(problem, train), equalizing_shift(train)):
+        shift = _promising_shift(problem, train, decisions[0])
+        if shift is not None:
             decisions += _moved_decisions(problem, train, shift, decisions[0][1])
     return accepted(problem, held_out, decisions)
 
@@ -77,18 +80,41 @@ def _has_bits_to_spare(problem: GroupProblem) -> bool:
     )
 
 
+def _promising_shift(problem: GroupProblem, tokens: Tokens, unmoved: Decision) -> Tensor | None:
+    """The shift that is worth a search in the weights: on some tokens and rows its error is at
+    most :data:`PROMISE` times that of ``unmoved``.
+    """
+    few = tokens.thinned(OBJECTIVE_TOKENS)
+    step = max(1, sum(len(weight) for weight in problem.weights.values()) // PROMISE_ROWS)
+    some = replace(problem, weights={name: w[::step] for name, w in problem.weights.items()})
+    plain = _search_weights(some, OutputError.of_inputs(few.moment()), None, unmoved[0])
+    least = sum(output_errors(some, few, plain, unmoved[1]).values())
+    least, best = PROMISE * least, None
+    for shift in (balancing_shift(problem, tokens), equalizing_shift(tokens)):
+        shifted, shifted_tokens = moved(some, few, shift)
+        objective = OutputError.of_inputs(shifted_tokens.moment())
+        weights = _search_weights(shifted, objective, None, unmoved[0])
+        spec = _without_shifts(problem.spec.activation, unmoved[1])
+        activation = _search_activation(shifted, shifted_tokens, weights, spec)
+        error = sum(output_errors(shifted, shifted_tokens, weights, activation).values())
+        if error < least:
+            least, best = error, shift
+    return best
+
+
+def _without_shifts(spec: TensorSpec | None, found: ActivationQParams | None) -> TensorSpec:
+    """``spec`` with the format of ``found`` and no shifts."""
+    assert spec is not None
+    assert found is not None
+    return replace(spec, formats=(found.format,), exponent_shift=False)
+
+
 def _moved_decisions(
     problem: GroupProblem, tokens: Tokens, shift: Tensor, unmoved: ActivationQParams | None
 ) -> list[Decision]:
     """With ``shift`` moved into the weights, and the activation's format of the search without."""
-    assert unmoved is not None
-    assert problem.spec.activation is not None
-    one_format = replace(problem.spec.activation, formats=(unmoved.format,))
-    problem = replace(
-        problem,
-        spec=replace(problem.spec, activation=one_format),
-        options=replace(problem.options, rounds=1),
-    )
+    spec = replace(problem.spec, activation=_without_shifts(problem.spec.activation, unmoved))
+    problem = replace(problem, spec=spec, options=replace(problem.options, rounds=1))
     found = _decisions(*moved(problem, tokens, shift), shift)
     activation = found[0][1]  # the same for all
     assert activation is not None
@@ -107,10 +133,7 @@ def _decisions(problem: GroupProblem, tokens: Tokens, moved_by: Tensor | None) -
         )
         for name in problem.tied - problem.decided.keys()
     }
-    spec = problem.spec
-    if moved_by is not None and spec.activation is not None:
-        spec = replace(spec, activation=replace(spec.activation, exponent_shift=False))
-    problem = replace(problem, spec=spec, decided={**problem.decided, **tied})
+    problem = replace(problem, decided={**problem.decided, **tied})
     weights, activation = _alternate(problem, tokens, OutputError.of_inputs(moment))
     if problem.options.rounding == "nearest":
         return [(weights, activation)]
