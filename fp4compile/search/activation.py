@@ -30,8 +30,8 @@ OCTAVES_BELOW = 6.0
 STEPS_PER_OCTAVE = {4: 16, 6: 4, 8: 2}
 TOKEN_CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 EXACT_CANDIDATES = 4
-# Then the best clipping is refined by this exponent.
-REFINEMENT = 1 / 32
+# Then the best clipping is refined by these exponents.
+REFINEMENTS = (1 / 16, 1 / 32)
 # Fine formats have many cells to look up, and small errors that few tokens tell.
 TABLE_TOKENS = {4: 4096, 6: 2048, 8: 1024}
 RANKING_TOKENS = 512
@@ -123,11 +123,11 @@ def search_activation(
     best = preferred(
         [(exact(candidate), candidate) for _, candidate in shortlist], options.format_margin
     )
-    refined = [best]
-    for exponent in (REFINEMENT, -REFINEMENT):
-        moved = replace(best[1], scale=best[1].scale * 2.0**exponent)
-        refined.append((exact(moved), moved))
-    return min(refined, key=lambda pair: pair[0])[1]
+    for step in REFINEMENTS:
+        for exponent in (step, -step):
+            moved = replace(best[1], scale=best[1].scale * 2.0**exponent)
+            best = min(best, (exact(moved), moved), key=lambda pair: pair[0])
+    return best[1]
 
 
 def _on_int8_route(candidate: ActivationQParams) -> bool:

@@ -17,7 +17,6 @@ from fp4compile.search.sorted_errors import channel_errors
 # fewer tokens than HELD_OUT_MINIMUM all are searched on, since so few would say too little.
 HELD_OUT_STRIDE = 8
 HELD_OUT_MINIMUM = 512
-POWER_ROWS = 256
 TINY = 1e-30
 
 
@@ -75,8 +74,7 @@ def weighted_tokens(problem: GroupProblem) -> Tokens:
     x, options = problem.statistics.sample, problem.options
     power = torch.zeros(len(x))
     for weight in problem.weights.values():
-        # Some of the rows tell a sink from the rest.
-        y = output_power(x, weight[:: max(1, len(weight) // POWER_ROWS)])
+        y = output_power(x, weight)
         power += y / y.mean().clamp_min(TINY)
     return Tokens(x, _damped(power, options.sink_power), _damped(power, options.weight_sink_power))
 

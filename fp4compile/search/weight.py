@@ -18,8 +18,8 @@ STEPS_PER_OCTAVE = 8
 OCTAVES_BELOW = 1.125
 # Candidates per row that get the exact objective, after ranking by its diagonal.
 EXACT_CANDIDATES = 3
-# Then the best scale is refined by this exponent, halving the grid's step.
-REFINEMENT = 1 / 16
+# Then the best scale is refined by these exponents, halving the grid's step twice.
+REFINEMENTS = (1 / 16, 1 / 32)
 # Rows that a tensor's format is chosen on.
 FORMAT_ROWS = 64
 
@@ -91,9 +91,12 @@ def _search_rows(weight: Tensor, objective: OutputError, fmt: FloatFormat) -> Te
     """The best scale of every row ``[N]``."""
     errors_of = objective.rows_of(weight)
     scale, error = _best_of(weight, errors_of, fmt, _shortlist(weight, objective, fmt))
-    around = torch.stack((scale * 2.0**REFINEMENT, scale * 2.0**-REFINEMENT))
-    moved, moved_error = _best_of(weight, errors_of, fmt, around)
-    return torch.where(moved_error < error, moved, scale)
+    for step in REFINEMENTS:
+        around = torch.stack((scale * 2.0**step, scale * 2.0**-step))
+        moved, moved_error = _best_of(weight, errors_of, fmt, around)
+        scale = torch.where(moved_error < error, moved, scale)
+        error = torch.minimum(moved_error, error)
+    return scale
 
 
 def _best_format(
