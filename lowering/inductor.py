@@ -90,8 +90,8 @@ def source_hash_installed() -> bool:
     return any(isinstance(item, SourceHash) for item in chain)
 
 
-class GemmTemplate(CppTemplate):
-    """A two-dimensional GEMM whose kernel text comes from a target.
+class _TextTemplate(CppTemplate):
+    """A kernel for ``problem`` from its text ``source``.
 
     ``inputs`` maps the names used in the text to realized, contiguous buffers.
     """
@@ -100,7 +100,7 @@ class GemmTemplate(CppTemplate):
         self,
         name: str,
         source: str,
-        problem: GemmProblem,
+        problem: Any,
         inputs: dict[str, Any],
         layout: ir.Layout,
     ) -> None:
@@ -108,6 +108,10 @@ class GemmTemplate(CppTemplate):
         self.source = source
         self.problem = problem
         self.input_names = tuple(inputs)
+
+
+class GemmTemplate(_TextTemplate):
+    """A two-dimensional GEMM whose kernel text comes from a target."""
 
     def render(self, **kwargs: Any) -> str:
         """Text of the kernel; the scheduler's call adds the epilogue that it fused."""
@@ -157,21 +161,8 @@ class GemmTemplate(CppTemplate):
         )
 
 
-class ActivationTemplate(CppTemplate):
+class ActivationTemplate(_TextTemplate):
     """Rows of an activation to an operand and its scales: two results of one kernel."""
-
-    def __init__(
-        self,
-        name: str,
-        source: str,
-        problem: ActivationProblem,
-        inputs: dict[str, Any],
-        layout: ir.Layout,
-    ) -> None:
-        super().__init__(name, list(inputs.values()), layout, parallel_num_threads())
-        self.source = source
-        self.problem = problem
-        self.input_names = tuple(inputs)
 
     def results(self, layouts: Sequence[ir.Layout]) -> list[Any]:
         """IR nodes of the operand and its scale.

@@ -85,8 +85,7 @@ def _promising_shift(problem: GroupProblem, tokens: Tokens, unmoved: Decision) -
     most :data:`PROMISE` times that of ``unmoved``.
     """
     few = tokens.thinned(OBJECTIVE_TOKENS)
-    step = max(1, sum(len(weight) for weight in problem.weights.values()) // PROMISE_ROWS)
-    some = replace(problem, weights={name: w[::step] for name, w in problem.weights.items()})
+    some = problem.thinned(PROMISE_ROWS)
     plain = _search_weights(some, OutputError.of_inputs(few.moment()), None, unmoved[0])
     least = sum(output_errors(some, few, plain, unmoved[1]).values())
     least, best = PROMISE * least, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -66,3 +66,8 @@ class GroupProblem:
     tied: frozenset[str] = frozenset()
     decided: Mapping[str, WeightQParams] = field(default_factory=dict)
     options: SearchOptions = field(default_factory=SearchOptions)
+
+    def thinned(self, rows: int) -> GroupProblem:
+        """The same with about ``rows`` evenly spaced rows of all weights together."""
+        step = max(1, sum(len(weight) for weight in self.weights.values()) // rows)
+        return replace(self, weights={name: w[::step] for name, w in self.weights.items()})
