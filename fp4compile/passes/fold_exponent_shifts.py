@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fp4compile.numerics import power_of_two
 from fp4compile.passes.plan import Rewrite, can_shift
-from fp4compile.trace import LINEAR_OPS, PASS_THROUGH, Group, Site, bias_node
+from fp4compile.trace import PASS_THROUGH, Group, Site, bias_node
 
 aten = torch.ops.aten
 
@@ -100,10 +100,9 @@ def _walk(rewrite: Rewrite, node: fx.Node) -> _Producer | None:
         names = [_own_vector(rewrite, argument) for argument in arguments]
         if names and all(names):
             return _Producer(parameters=tuple(name for name in names if name))
-    if node.target in LINEAR_OPS:
-        for site in rewrite.graph.sites:
-            if site.linears == (node,) and not site.lookups and site.name in rewrite.qparams:
-                return _Producer(site=site) if _bias_is_own(rewrite, site) else None
+    for site in rewrite.graph.sites:
+        if site.linears == (node,) and not site.lookups and site.name in rewrite.qparams:
+            return _Producer(site=site) if _bias_is_own(rewrite, site) else None
     return None
 
 

@@ -24,11 +24,11 @@ def decisions(model: nn.Module, graph, scale: float = 0.2) -> dict[str, SiteQPar
     torch.manual_seed(5)
     found = {}
     for group in graph.groups:
-        channels = oriented(model, group.sites[0].name, group.sites[0].transposed).shape[1]
+        channels = oriented(model, group.sites[0]).shape[1]
         shift = torch.randint(0, 4, (channels,), dtype=torch.int8)
         activation = ActivationQParams("e2m1", "tensor", torch.tensor(scale), shift)
         for site in group.sites:
-            weight = oriented(model, site.name, site.transposed)
+            weight = oriented(model, site)
             scales = scale_for_max(weight.abs().amax(dim=1), by_name("e2m1"))
             found[site.name] = SiteQParams(WeightQParams("e2m1", scales), activation, 0.0, 0.0)
     return found

@@ -1,0 +1,188 @@
+"""What torch functions compute when their weight is quantized.
+
+They take an ``FP4Tensor`` where torch's have a weight; called with anything else in its place, or
+with a quantized tensor in another's, they raise ``UnsupportedOperationError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fp4compile.errors import UnsupportedOperationError
+from fp4compile.weight_uses import convolution_reason, is_grouped, patches
+
+if TYPE_CHECKING:
+    from fp4compile.tensor import FP4Tensor
+
+aten = torch.ops.aten
+
+
+def _is_quantized(value: object) -> bool:
+    return hasattr(value, "packed_weight")
+
+
+def _linear(input: Tensor, weight: FP4Tensor, bias: Tensor | None = None) -> Tensor:
+    if not _is_quantized(weight) or weight.transposed or weight.dim() != 2:
+        raise UnsupportedOperationError(
+            "F.linear needs the quantized tensor as its weight [N, K], not as its input or "
+            "transposed; leave this parameter out with ignore=[...]"
+        )
+    return weight.linear(input, bias)
+
+
+def _matmul(input: Tensor, other: FP4Tensor) -> Tensor:
+    if not _is_quantized(other) or not other.transposed or other.dim() != 2:
+        raise UnsupportedOperationError(
+            "matmul needs the quantized tensor as its right operand [K, N]; "
+            "leave this parameter out with ignore=[...]"
+        )
+    return other.linear(input, None)
+
+
+def _addmm(
+    input: Tensor, mat1: Tensor, mat2: FP4Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    if beta != 1 or alpha != 1 or not _is_quantized(mat2) or not mat2.transposed:
+        raise UnsupportedOperationError(
+            f"addmm on a quantized weight needs it as mat2 [K, N] and beta = alpha = 1, "
+            f"got beta={beta}, alpha={alpha}; leave this parameter out with ignore=[...]"
+        )
+    return mat2.linear(mat1, input)
+
+
+def _embedding(
+    input: Tensor,
+    weight: FP4Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *_unused: Any,
+    **_also_unused: Any,
+) -> Tensor:
+    if max_norm is not None:
+        raise UnsupportedOperationError(
+            "an embedding with max_norm rescales its weight in place and cannot be quantized; "
+            "leave it out with ignore=[...]"
+        )
+    return weight.lookup(input)
+
+
+def _convolution(
+    input: Tensor, weight: FP4Tensor, bias: Tensor | None = None, *options: Any, **named: Any
+) -> Tensor:
+    reason = convolution_reason(weight.patch, *options, **named)
+    if not weight.patch or reason is not None:
+        raise UnsupportedOperationError(
+            f"a convolution on a quantized weight of shape {tuple(weight.shape)} must tile its "
+            f"input: {reason or 'the weight is no convolution'}; leave this parameter out with "
+            "ignore=[...]"
+        )
+    x = input if input.dim() == weight.dim() else input.unsqueeze(0)
+    y = weight.linear(patches(x, weight.patch), bias).movedim(-1, 1)
+    return y if x is input else y.squeeze(0)
+
+
+def _grouped(input: Tensor, weight: FP4Tensor, offs: Tensor | None = None, **named: Any) -> Tensor:
+    if (
+        offs is None
+        or not _is_quantized(weight)
+        or not weight.transposed
+        or weight.dim() != 3
+        or any(value is not None for value in named.values())
+    ):
+        raise UnsupportedOperationError(
+            "grouped_mm needs the quantized tensor as its experts' weights [E, K, N] and offs; "
+            "leave this parameter out with ignore=[...]"
+        )
+    return weight.grouped_linear(input, offs)
+
+
+def _bmm(input: Tensor, mat2: FP4Tensor) -> Tensor:
+    """One row per matrix, as experts chosen by indexing are called: ``[S, 1, K] x [S, K, N]``, or
+    ``[S, N, K] x [S, K, 1]``.
+    """
+    if _is_quantized(mat2) and mat2.transposed and input.dim() == 3 and input.shape[1] == 1:
+        return _row_each(input.squeeze(1), mat2).unsqueeze(1)
+    weight: Any = input
+    if _is_quantized(weight) and not weight.transposed and mat2.shape[-1] == 1:
+        return _row_each(mat2.squeeze(-1), weight).unsqueeze(-1)
+    raise UnsupportedOperationError(
+        "bmm takes a quantized stack of matrices only with one row for each; leave this "
+        "parameter out with ignore=[...]"
+    )
+
+
+def _row_each(x: Tensor, weight: FP4Tensor) -> Tensor:
+    return weight.grouped_linear(x, torch.arange(1, x.shape[0] + 1, device=x.device))
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """F.multi_head_attention_forward. Its F.linear would expand the weight for an input that is
+    not contiguous, as it is with ``batch_first``.
+    """
+    # It looks at identities to see that this is self-attention.
+    made = {id(x): x.contiguous() for x in (query, key, value)}
+    with torch._C.DisableTorchFunctionSubclass():
+        result: Tensor = F.multi_head_attention_forward(
+            made[id(query)], made[id(key)], made[id(value)], *args, **kwargs
+        )
+    return result
+
+
+def swaps_last_two(dims: int, *order: Any) -> bool:
+    """Whether ``transpose(*order)`` or ``permute(*order)`` swaps the last two of ``dims``."""
+    if not order:
+        return dims == 2
+    if len(order) == 1:
+        return [dim % dims for dim in order[0]] == [*range(dims - 2), dims - 1, dims - 2]
+    return {dim % dims for dim in order} == {dims - 2, dims - 1}
+
+
+# Ops that may do no more to a weight than swap its last two dimensions.
+TRANSPOSES = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
+FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+    F.conv1d: _convolution,
+    F.conv2d: _convolution,
+    F.conv3d: _convolution,
+    F.grouped_mm: _grouped,
+    F.multi_head_attention_forward: _attention,
+    torch.addmm: _addmm,
+    torch.Tensor.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.mm: _matmul,
+    torch.Tensor.mm: _matmul,
+    torch.bmm: _bmm,
+    torch.Tensor.bmm: _bmm,
+}
+_OPERATORS: dict[Any, Callable[..., Tensor]] = {
+    aten.linear.default: _linear,
+    aten.mm.default: _matmul,
+    aten.matmul.default: _matmul,
+    aten.addmm.default: _addmm,
+    aten.bmm.default: _bmm,
+    aten.embedding.default: lambda weight, indices, *_rest: weight.lookup(indices),
+    **dict.fromkeys(
+        (
+            aten.conv1d.default, aten.conv1d.padding,
+            aten.conv2d.default, aten.conv2d.padding,
+            aten.conv3d.default, aten.conv3d.padding,
+        ),
+        _convolution,
+    ),
+}  # fmt: skip
+
+
+def by_operator(func: Any) -> Callable[..., Tensor] | None:
+    """What serves an ``aten`` or library operator (or its packet) on a quantized weight."""
+    overload = func.default if isinstance(func, torch._ops.OpOverloadPacket) else func
+    if is_grouped(overload):
+        return _grouped
+    return _OPERATORS.get(overload)
