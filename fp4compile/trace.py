@@ -109,12 +109,13 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> G
     Raises:
         TraceError: torch.export refuses the model; the message carries its reason.
     """
-    call = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    callee = _naming_keywords(model, kwargs)
+    call = inspect.signature(callee.forward).bind(*args, **kwargs).arguments
     shapes = pytree.tree_map(_dynamic_shape, dict(call))
     try:
         with torch.no_grad():
             exported = torch.export.export(
-                model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
+                callee, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
             )
     except Exception as error:  # torch.export raises a dozen types; all mean the same to a user
         raise TraceError(
@@ -137,6 +138,43 @@ def _dynamic_shape(value: Any) -> Any:
     return dict.fromkeys(range(dims), torch.export.Dim.AUTO)
 
 
+# What a wrapper puts before the names of parameters.
+_INNER = "_fp4compile_inner"
+
+
+class _NamingKeywords(nn.Module):
+    """Calls a model whose forward takes ``**kwargs`` by a signature that names them: torch.export
+    mistakes the others for one argument.
+    """
+
+    def __init__(self, model: nn.Module, signature: inspect.Signature) -> None:
+        super().__init__()
+        self.add_module(_INNER, model)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return model(*args, **kwargs)
+
+        vars(forward)["__signature__"] = signature
+        self.forward = forward
+        self.train(model.training)
+
+
+def _naming_keywords(model: nn.Module, kwargs: Mapping[str, Any]) -> nn.Module:
+    """``model``, or a call of it that names ``kwargs`` which its forward does not name."""
+    signature = inspect.signature(model.forward)
+    unnamed = [name for name in kwargs if name not in signature.parameters]
+    if not unnamed:
+        return model
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in unnamed]
+    return _NamingKeywords(model, signature.replace(parameters=[*named, *added]))
+
+
+def parameter_name(node: fx.Node) -> str:
+    """The name in the model of what a get_attr node reads."""
+    return str(node.target).removeprefix(f"{_INNER}.")
+
+
 def _drop_assertions(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
@@ -155,8 +193,9 @@ def _find_sites(
         aliases.setdefault(parameter_id, []).append(name)
     readers: dict[int, list[fx.Node]] = {}
     for node in module.graph.find_nodes(op="get_attr"):
-        if str(node.target) in identity:
-            readers.setdefault(identity[str(node.target)], []).append(node)
+        name = parameter_name(node)
+        if name in identity:
+            readers.setdefault(identity[name], []).append(node)
     order = {node: position for position, node in enumerate(module.graph.nodes)}
     sites, skipped = [], {}
     for parameter in model.parameters():
@@ -227,4 +266,4 @@ def _is_transpose(node: fx.Node) -> bool:
     return node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default)
 
 
-__all__ = ["Graph", "Group", "Site", "bias_node", "trace"]
+__all__ = ["Graph", "Group", "Site", "bias_node", "parameter_name", "trace"]

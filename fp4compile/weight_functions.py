@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp4compile.errors import UnsupportedOperationError
-from fp4compile.weight_uses import convolution_reason, is_grouped, patches
+from fp4compile.weight_uses import convolution_reason, einsum_transposed, is_grouped, patches
 
 if TYPE_CHECKING:
     from fp4compile.tensor import FP4Tensor
@@ -116,6 +116,16 @@ def _bmm(input: Tensor, mat2: FP4Tensor) -> Tensor:
     )
 
 
+def _einsum(equation: str, *operands: Any, **_unused: Any) -> Tensor:
+    x, weight = operands[0] if len(operands) == 1 else operands
+    if not _is_quantized(weight) or einsum_transposed(equation) is not weight.transposed:
+        raise UnsupportedOperationError(
+            f"einsum {equation!r} is no product of [..., K] with the quantized tensor of shape "
+            f"{tuple(weight.shape)}; leave this parameter out with ignore=[...]"
+        )
+    return weight.linear(x, None)
+
+
 def _row_each(x: Tensor, weight: FP4Tensor) -> Tensor:
     return weight.grouped_linear(x, torch.arange(1, x.shape[0] + 1, device=x.device))
 
@@ -160,6 +170,7 @@ FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     torch.mm: _matmul,
     torch.Tensor.mm: _matmul,
     torch.bmm: _bmm,
+    torch.einsum: _einsum,
     torch.Tensor.bmm: _bmm,
 }
 _OPERATORS: dict[Any, Callable[..., Tensor]] = {
@@ -168,6 +179,7 @@ _OPERATORS: dict[Any, Callable[..., Tensor]] = {
     aten.matmul.default: _matmul,
     aten.addmm.default: _addmm,
     aten.bmm.default: _bmm,
+    aten.einsum.default: _einsum,
     aten.embedding.default: lambda weight, indices, *_rest: weight.lookup(indices),
     **dict.fromkeys(
         (

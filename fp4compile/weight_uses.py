@@ -122,6 +122,31 @@ def _tuple(value: Any, window: tuple[int, ...]) -> tuple[Any, ...]:
     return values * len(window) if len(values) == 1 else values
 
 
+def _einsum(node: fx.Node, weight: fx.Node) -> WeightUse | str:
+    equation, operands = node.args[0], node.args[1]
+    assert isinstance(operands, list | tuple)  # the op's schema
+    transposed = einsum_transposed(str(equation)) if len(operands) == 2 else None
+    x = operands[0]
+    if transposed is None or operands[1] is not weight or not isinstance(x, fx.Node):
+        return f"used by einsum {equation!r}, which is no product [..., K] x [N, K] or [K, N]"
+    return WeightUse(node, x, (1, 1), transposed)
+
+
+def einsum_transposed(equation: str) -> bool | None:
+    """Whether ``equation`` is ``x [..., K]`` times ``[K, N]`` (True) or ``[N, K]`` (False) with
+    result ``[..., N]``; None if it is neither.
+    """
+    sides = equation.replace(" ", "").split("->")
+    operands = sides[0].split(",")
+    if len(sides) != 2 or len(operands) != 2 or len(operands[1]) != 2:
+        return None
+    x, weight = operands
+    for transposed, (n, k) in ((False, weight), (True, reversed(weight))):
+        if x.endswith(k) and n not in x and sides[1] == x[:-1] + n:
+            return transposed
+    return None
+
+
 # By name: one of them exists only once transformers was imported.
 GROUPED_OPS = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
 MATRIX_OPS: dict[Any, Callable[[fx.Node, fx.Node], WeightUse | str]] = {
@@ -130,7 +155,7 @@ MATRIX_OPS: dict[Any, Callable[[fx.Node, fx.Node], WeightUse | str]] = {
     aten.matmul.default: _Matrix(0, 1, True),
     aten.mm.default: _Matrix(0, 1, True),
 }
-_OPS = MATRIX_OPS | dict.fromkeys(
+_OPS = MATRIX_OPS | {aten.einsum.default: _einsum} | dict.fromkeys(
     (
         aten.conv1d.default, aten.conv1d.padding,
         aten.conv2d.default, aten.conv2d.padding,

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fp4compile.numerics import power_of_two
 from fp4compile.passes.plan import Rewrite, can_shift
-from fp4compile.trace import PASS_THROUGH, Group, Site, bias_node
+from fp4compile.trace import PASS_THROUGH, Group, Site, bias_node, parameter_name
 
 aten = torch.ops.aten
 
@@ -139,11 +139,12 @@ def _own_vector(rewrite: Rewrite, node: object) -> str | None:
     if not isinstance(node, fx.Node) or node.op != "get_attr" or len(node.users) != 1:
         return None
     named = dict(rewrite.model.named_parameters(remove_duplicate=False))
-    parameter = named.get(str(node.target))
+    name = parameter_name(node)
+    parameter = named.get(name)
     if parameter is None or parameter.dim() != 1:
         return None
     shared = sum(other is parameter for other in named.values()) > 1
-    return None if shared or str(node.target) in rewrite.parameters else str(node.target)
+    return None if shared or name in rewrite.parameters else name
 
 
 def _bias_of(rewrite: Rewrite, site: Site) -> str | None:
