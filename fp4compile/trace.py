@@ -21,7 +21,7 @@ aten = torch.ops.aten
 # Ops that hand their first argument on unchanged in an exported inference graph.
 PASS_THROUGH = frozenset(
     {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.contiguous.default,
-     aten.dropout.default, aten.detach.default, aten.alias.default}
+     aten.dropout.default, aten.detach.default, aten.alias.default, aten.type_as.default}
 )  # fmt: skip
 
 

@@ -1,0 +1,128 @@
+"""Models in plain PyTorch, written as people write them: no nn.Linear, shared or computed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+CHANNELS, HEADS, HIDDEN = 64, 4, 128
+
+
+def _features(*names: str, channels: int = CHANNELS, same: bool = False):  # type: ignore[no-untyped-def]
+    def batch(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        made = {name: torch.randn(4, 12, channels, generator=generator) for name in names}
+        first = made[names[0]]
+        return dict.fromkeys(names, first) if same else made
+
+    return batch
+
+
+class Functional(nn.Module):
+    """Weights in a dict, products by einsum and matmul."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.randn(HIDDEN, CHANNELS) / 8)
+                for name in ("up", "down", "gate")
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weights
+        gate = torch.sigmoid(x @ w["gate"].T)
+        hidden = torch.einsum("btd,hd->bth", x, w["up"]) * gate
+        return x + torch.einsum("bth,hd->btd", hidden, w["down"])
+
+
+class Shared(nn.Module):
+    """One layer called twice, as ALBERT does: its input has two ranges, so it stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(CHANNELS, CHANNELS)
+        self.head = nn.Linear(CHANNELS, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(torch.relu(self.layer(x))))
+
+
+class TiedTransposed(nn.Module):
+    """An autoencoder whose decoder is the transpose of the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(HIDDEN, CHANNELS) / 8)
+        self.norm = nn.LayerNorm(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), self.weight) @ self.weight
+
+
+class Parametrized(nn.Module):
+    """A weight that is computed in every call stays; the other is quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = parametrizations.weight_norm(nn.Linear(CHANNELS, HIDDEN))
+        self.second = nn.Linear(HIDDEN, CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+class PatchEmbedding(nn.Module):
+    """A vision transformer's stem in the style of timm, and a pointwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, CHANNELS, 4, stride=4)
+        self.mix = nn.Conv1d(CHANNELS, CHANNELS, 1)
+        self.local = nn.Conv1d(CHANNELS, CHANNELS, 3, padding=1)
+        self.head = nn.Linear(CHANNELS, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(self.proj(x).flatten(2))
+        return self.head(F.gelu(self.local(x)).mean(dim=-1))
+
+
+def _images(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"x": torch.randn(4, 3, 18, 17, generator=generator)}
+
+
+def _compiled() -> nn.Module:
+    """Already under torch.compile; a backend that only traces keeps the table fast."""
+    layer = nn.TransformerEncoderLayer(CHANNELS, HEADS, HIDDEN, batch_first=True)
+    model: nn.Module = torch.compile(layer, backend="eager")  # type: ignore[assignment]
+    return model
+
+
+PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Tensor]]]] = {
+    "nn.TransformerEncoder": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(CHANNELS, HEADS, HIDDEN, batch_first=True), 2
+        ),
+        _features("src"),
+    ),
+    "nn.Transformer": (
+        lambda: nn.Transformer(CHANNELS, HEADS, 1, 1, HIDDEN, batch_first=True),
+        _features("src", "tgt"),
+    ),
+    "nn.MultiheadAttention": (
+        lambda: nn.MultiheadAttention(CHANNELS, HEADS, batch_first=True),
+        _features("query", "key", "value", same=True),
+    ),
+    "weights without modules": (Functional, _features("x")),
+    "a layer called twice": (Shared, _features("x")),
+    "a weight and its transpose": (TiedTransposed, _features("x")),
+    "parametrized weights": (Parametrized, _features("x")),
+    "convolutions": (PatchEmbedding, _images),
+    "under torch.compile": (_compiled, _features("src")),
+}
