@@ -6,10 +6,9 @@ into ``docs/models.md``.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +54,16 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Family:
-    """``build()`` a model with random weights; ``batch(seed)`` a call of it. ``linears`` is how many
-    weights of two or more dimensions it has that must be quantized, and ``kept`` how many may stay.
+    """``build()`` a model with random weights; ``batch(seed)`` a call of it. ``kept``: last names of
+    the parameters of two or more dimensions that stay in high precision, ``ignore`` of others that
+    shall.
     """
 
     build: Callable[[], nn.Module]
     batch: Callable[[int], Batch]
     kind: str
     generates: bool = False
+    kept: frozenset[str] = frozenset()
     ignore: tuple[str, ...] = ()
 
 
@@ -77,6 +78,12 @@ class FamilyResult:
     kept: tuple[str, ...]
     error: float
     generated: bool | None
+
+    @property
+    def kept_names(self) -> frozenset[str]:
+        """Last names of the parameters that stayed."""
+        names = (reason.partition(": ")[0] for reason in self.kept)
+        return frozenset(name.rpartition(".")[2] for name in names)
 
 
 def _text(seed: int) -> Batch:
@@ -162,7 +169,10 @@ FAMILIES: dict[str, Family] = {
         "qwen2_moe", **EXPERTS, num_experts=4, shared_expert_intermediate_size=64
     ),
     "Qwen3-MoE": _language_model("qwen3_moe", **EXPERTS, num_experts=4, head_dim=16),
-    "gpt-oss": _language_model("gpt_oss", **EXPERTS, num_local_experts=4, head_dim=16),
+    "gpt-oss": replace(
+        _language_model("gpt_oss", **EXPERTS, num_local_experts=4, head_dim=16),
+        kept=frozenset({"gate_up_proj_bias", "down_proj_bias"}),
+    ),
     "BERT": Family(_hugging_face("BertModel", "bert", **TEXT), _padded_text, "encoder"),
     "BERT, masked words": Family(
         _hugging_face("BertForMaskedLM", "bert", **TEXT), _padded_text, "encoder"
@@ -183,9 +193,17 @@ FAMILIES: dict[str, Family] = {
     "ModernBERT": Family(
         _hugging_face("ModernBertModel", "modernbert", **TEXT), _padded_text, "encoder"
     ),
-    "ViT": Family(_hugging_face("ViTForImageClassification", "vit", **IMAGE), _images, "vision"),
+    "ViT": Family(
+        _hugging_face("ViTForImageClassification", "vit", **IMAGE),
+        _images,
+        "vision",
+        kept=frozenset({"cls_token", "position_embeddings"}),
+    ),
     "DeiT": Family(
-        _hugging_face("DeiTForImageClassification", "deit", **IMAGE), _images, "vision"
+        _hugging_face("DeiTForImageClassification", "deit", **IMAGE),
+        _images,
+        "vision",
+        kept=frozenset({"cls_token", "distillation_token", "position_embeddings"}),
     ),
     "CLIP vision": Family(
         _hugging_face("CLIPVisionModel", "clip_vision_model", **IMAGE), _images, "vision"
@@ -216,9 +234,16 @@ FAMILIES: dict[str, Family] = {
         ),
         _speech,
         "encoder-decoder",
+        # The convolutions overlap; the decoder's positions are taken by index.
+        kept=frozenset({"weight"}),
     ),
-    "Llama with LoRA (peft)": Family(_lora, _text, "language model", ignore=("*.lora_*",)),
-    **{name: Family(build, batch, "plain PyTorch") for name, (build, batch) in PLAIN.items()},
+    "Llama with LoRA (peft)": Family(
+        _lora, _text, "language model", kept=frozenset({"weight"}), ignore=("*.lora_*",)
+    ),
+    **{
+        name: Family(model.build, model.batch, "plain PyTorch", kept=frozenset(model.kept))
+        for name, model in PLAIN.items()
+    },
 }  # fmt: skip
 
 
@@ -226,50 +251,43 @@ def run(names: Sequence[str]) -> Iterator[FamilyResult]:
     """Quantize and call every family."""
     logging.getLogger("fp4compile").setLevel(logging.ERROR)
     for name in names:
-        yield check(name)
+        yield replace(check(name), folded=count_folds(name))
 
 
 def check(name: str) -> FamilyResult:
     """Build, quantize at w8a8 with min-max on two batches, and call with a third."""
     family = FAMILIES[name]
-    torch.manual_seed(0)
-    model = family.build().eval()
-    reference = copy.deepcopy(model)
-    fp4compile.quantize(
-        model,
-        [family.batch(1), family.batch(2)],
-        "w8a8",
-        method="minmax",
-        ignore=family.ignore or None,
-        progress=False,
-    )
-    report: Any = model.fp4_report
-    folds = shifted(reference, family)
+    reference, model = _built(family), _built(family)
+    report = _quantize(model, family, "w8a8", method="minmax")
     return FamilyResult(
         name,
         family.kind,
         len(report.sites),
-        folds,
+        0,
         tuple(f"{parameter}: {why}" for parameter, why in report.skipped.items()),
         relative_error(model, reference, family.batch(9)),
         _generates(model, family.batch(9)) if family.generates else None,
     )
 
 
-def shifted(model: nn.Module, family: Family) -> int:
-    """How many weights get their input's exponent shifts from what produces it, at w4a4."""
-    batches = [family.batch(1), family.batch(2)]
+def count_folds(name: str) -> int:
+    """How many weights get their input's exponent shifts from what produces it, at w4a4 fpq."""
+    family = FAMILIES[name]
     options = fp4compile.SearchOptions(rounding="nearest", rounds=1)
-    fp4compile.quantize(
-        model := copy.deepcopy(model),
-        batches,
-        "w4a4",
-        search=options,
-        ignore=family.ignore or None,
-        progress=False,
-    )
-    report: Any = model.fp4_report
+    report = _quantize(_built(family), family, "w4a4", search=options)
     return sum(site.shift_folded_into is not None for site in report.sites)
+
+
+def _built(family: Family) -> nn.Module:
+    torch.manual_seed(0)
+    return family.build().eval()
+
+
+def _quantize(model: Any, family: Family, spec: str, **options: Any) -> Any:
+    batches = [family.batch(1), family.batch(2)]
+    ignore = family.ignore or None
+    fp4compile.quantize(model, batches, spec, ignore=ignore, progress=False, **options)
+    return model.fp4_report
 
 
 def relative_error(model: nn.Module, reference: nn.Module, batch: Batch) -> float:

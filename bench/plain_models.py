@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from torch.nn.utils import parametrizations
 CHANNELS, HEADS, HIDDEN = 64, 4, 128
 
 
-def _features(*names: str, channels: int = CHANNELS, same: bool = False):  # type: ignore[no-untyped-def]
+def _features(*names: str, same: bool = False) -> Callable[[int], dict[str, Tensor]]:
     def batch(seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        made = {name: torch.randn(4, 12, channels, generator=generator) for name in names}
+        made = {name: torch.randn(4, 12, CHANNELS, generator=generator) for name in names}
         first = made[names[0]]
         return dict.fromkeys(names, first) if same else made
 
@@ -104,25 +105,36 @@ def _compiled() -> nn.Module:
     return model
 
 
-PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Tensor]]]] = {
-    "nn.TransformerEncoder": (
+@dataclass(frozen=True)
+class PlainModel:
+    """``build()`` it, ``batch(seed)`` a call, last names of the weights that are ``kept``."""
+
+    build: Callable[[], nn.Module]
+    batch: Callable[[int], dict[str, Tensor]]
+    kept: tuple[str, ...] = ()
+
+
+PLAIN: dict[str, PlainModel] = {
+    "nn.TransformerEncoder": PlainModel(
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(CHANNELS, HEADS, HIDDEN, batch_first=True), 2
         ),
         _features("src"),
     ),
-    "nn.Transformer": (
+    "nn.Transformer": PlainModel(
         lambda: nn.Transformer(CHANNELS, HEADS, 1, 1, HIDDEN, batch_first=True),
         _features("src", "tgt"),
+        # Cross-attention takes one part of it for the target, one for the source.
+        ("in_proj_weight",),
     ),
-    "nn.MultiheadAttention": (
+    "nn.MultiheadAttention": PlainModel(
         lambda: nn.MultiheadAttention(CHANNELS, HEADS, batch_first=True),
         _features("query", "key", "value", same=True),
     ),
-    "weights without modules": (Functional, _features("x")),
-    "a layer called twice": (Shared, _features("x")),
-    "a weight and its transpose": (TiedTransposed, _features("x")),
-    "parametrized weights": (Parametrized, _features("x")),
-    "convolutions": (PatchEmbedding, _images),
-    "under torch.compile": (_compiled, _features("src")),
+    "weights without modules": PlainModel(Functional, _features("x")),
+    "a layer called twice": PlainModel(Shared, _features("x"), ("weight",)),
+    "a weight and its transpose": PlainModel(TiedTransposed, _features("x"), ("weight",)),
+    "parametrized weights": PlainModel(Parametrized, _features("x"), ("original0", "original1")),
+    "convolutions": PlainModel(PatchEmbedding, _images, ("weight",)),
+    "under torch.compile": PlainModel(_compiled, _features("src")),
 }

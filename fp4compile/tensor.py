@@ -289,6 +289,8 @@ class FP4Tensor(torch.Tensor):
         if func in TRANSPOSES and swaps_last_two(args[0].dim(), *args[1:]):
             out = args[0].with_attributes(transposed=not args[0].transposed)
             return return_and_correct_aliasing(func, args, kwargs, out)
+        if func in (aten.index.Tensor, aten.index_select.default, aten.select.int):
+            return _of_stack(func, *args, **kwargs)
         if func is aten.copy_.default:
             return _copy(*args, **kwargs)
         handler = by_operator(func)
@@ -309,6 +311,24 @@ def _to_copy(self: FP4Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any
     return self.map_tensors(
         lambda tensor: aten._to_copy.default(tensor, **kwargs), dtype=dtype or self.dtype
     )
+
+
+def _of_stack(func: Any, self: FP4Tensor, *index: Any, **kwargs: Any) -> FP4Tensor:
+    """Some matrices of a stack of experts, or one."""
+    along_first = index[0] == 0 if func is not aten.index.Tensor else len(index[0]) == 1
+    if self.dim() != 3 or not along_first:
+        raise UnsupportedOperationError(
+            f"{func} with {index} is not defined for a quantized weight of shape "
+            f"{tuple(self.shape)}: only matrices of a stack can be taken; leave this parameter "
+            "out with ignore=[...]"
+        )
+    parts = {name: getattr(self, name) for name in self.TENSORS}
+    for name in ("packed_weight", "weight_scale", "block_scale"):
+        if parts[name] is not None:
+            parts[name] = func(parts[name], *index, **kwargs)
+    if parts["weight_scale"].dim() == 2 and self.block_scale is not None:
+        parts["weight_scale"] = parts["weight_scale"].flatten()
+    return type(self)(**parts, **self._attributes())
 
 
 def _copy(self: FP4Tensor, source: Tensor, non_blocking: bool = False) -> FP4Tensor:
