@@ -103,7 +103,10 @@ def _images(seed: int) -> Batch:
 
 
 def _translation(seed: int) -> Batch:
-    return {**_padded_text(seed), "decoder_input_ids": _text(seed + 7)["input_ids"][:, :TARGET_LENGTH]}
+    return {
+        **_padded_text(seed),
+        "decoder_input_ids": _text(seed + 7)["input_ids"][:, :TARGET_LENGTH],
+    }
 
 
 def _speech(seed: int) -> Batch:
@@ -121,8 +124,10 @@ def _hugging_face(model_class: str, model_type: str, **sizes: Any) -> Callable[[
         transformers.logging.set_verbosity_error()
         config = transformers.AutoConfig.for_model(model_type, **sizes)
         found = getattr(transformers, model_class)
-        model: nn.Module = found._from_config(config) if hasattr(found, "_from_config") else (
-            found.from_config(config)
+        model: nn.Module = (
+            found._from_config(config)
+            if hasattr(found, "_from_config")
+            else (found.from_config(config))
         )
         return model
 

@@ -127,7 +127,9 @@ def test_grouped_linear_is_linear_of_each_experts_rows(blocks):
     weight, x = stack(blocks), activations()
     offsets = torch.tensor([100, 100, 250, TOKENS - 20])
     got = F.grouped_mm(x, weight, offs=offsets)
-    torch.testing.assert_close(got, F.grouped_mm(x, weight.dequantize(), offs=offsets), atol=3, rtol=1)
+    torch.testing.assert_close(
+        got, F.grouped_mm(x, weight.dequantize(), offs=offsets), atol=3, rtol=1
+    )
     operand, scale = weight.operand_of(x)
     start = 0
     for expert, end in enumerate(offsets.tolist()):

@@ -46,9 +46,7 @@ def search_experts(method: SearchMethod, problem: GroupProblem) -> dict[str, Sit
     expert = problem.statistics.sample[:, -1].to(torch.int64)
     problem = replace(problem, statistics=_without_last(problem.statistics))
     shared = _shared_decisions(method, problem)
-    return {
-        name: _decide(method, problem, name, expert, shared[name]) for name in problem.weights
-    }
+    return {name: _decide(method, problem, name, expert, shared[name]) for name in problem.weights}
 
 
 def _without_last(statistics: Statistics) -> Statistics:
@@ -133,9 +131,7 @@ def _errors(
     """Relative output error of one expert, and that of min-max; 0 without tokens."""
     if not len(x):
         return 0.0, 0.0
-    own = replace(
-        problem, weights={"": weight}, statistics=replace(problem.statistics, sample=x)
-    )
+    own = replace(problem, weights={"": weight}, statistics=replace(problem.statistics, sample=x))
     decisions = [({"": found}, activation), minmax_decision(own)]
     error, minmax = all_output_errors(own, weighted_tokens(own), decisions)
     return error[""], minmax[""]
