@@ -54,9 +54,9 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Family:
-    """``build()`` a model with random weights; ``batch(seed)`` a call of it. ``kept``: last names of
-    the parameters of two or more dimensions that stay in high precision, ``ignore`` of others that
-    shall.
+    """``build()`` a model with random weights; ``batch(seed)`` a call of it. ``kept``: last
+    names of the parameters of two or more dimensions that stay in high precision; ``ignore``:
+    patterns of those that are left out.
     """
 
     build: Callable[[], nn.Module]
@@ -103,10 +103,8 @@ def _images(seed: int) -> Batch:
 
 
 def _translation(seed: int) -> Batch:
-    return {
-        **_padded_text(seed),
-        "decoder_input_ids": _text(seed + 7)["input_ids"][:, :TARGET_LENGTH],
-    }
+    target = _text(seed + 7)["input_ids"][:, :TARGET_LENGTH]
+    return {**_padded_text(seed), "decoder_input_ids": target}
 
 
 def _speech(seed: int) -> Batch:
@@ -298,11 +296,12 @@ def _quantize(model: Any, family: Family, spec: str, **options: Any) -> Any:
 def relative_error(model: nn.Module, reference: nn.Module, batch: Batch) -> float:
     """Squared difference of the first outputs over the reference's square."""
     with torch.no_grad():
-        got, expected = (_first_output(each(**batch)) for each in (model, reference))
+        got, expected = (first_output(each(**batch)) for each in (model, reference))
     return float((got - expected).square().sum() / expected.square().sum())
 
 
-def _first_output(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor:
+    """The first tensor that a model returns."""
     leaves = pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
     found: Tensor = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
     return found
@@ -322,7 +321,7 @@ BEGIN, END = "<!-- families -->", "<!-- end of families -->"
 def table(results: Sequence[FamilyResult]) -> str:
     """Markdown."""
     lines = [
-        "| family | kind | quantized | with folded shifts | stays in high precision | error | generate |",
+        "| family | kind | quantized | shifts folded | in high precision | error | generate |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in results:

@@ -1,4 +1,4 @@
-"""Models in plain PyTorch, written as people write them: no nn.Linear, shared or computed weights."""
+"""Models in plain PyTorch, as people write them: no nn.Linear, shared or computed weights."""
 
 from __future__ import annotations
 

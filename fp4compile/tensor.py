@@ -217,7 +217,7 @@ class FP4Tensor(torch.Tensor):
         )
 
     def grouped_linear(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """Rows of ``x`` ``[S, K]`` up to ``offsets[e]`` times ``W[e]^T``, for a stack of experts."""
+        """Rows of ``x`` ``[S, K]`` up to ``offsets[e]`` times ``W[e]^T`` of a stack of experts."""
         operand, operand_scale = self.operand_of(x)
         return ops.grouped_linear(
             operand,

@@ -40,8 +40,8 @@ def fp4_weight(
     transposed: bool = False,
     patch: tuple[int, ...] = (),
 ) -> FP4Tensor:
-    """Pack ``weight`` float32 ``[N, K]`` (experts: ``[E, N, K]``) by ``qparams``; ``transposed`` and
-    ``patch`` are its logical layout.
+    """Pack ``weight`` float32 ``[N, K]`` (experts: ``[E, N, K]``) by ``qparams``; ``transposed``
+    and ``patch`` are its logical layout.
     """
     activation, decided = qparams.activation, qparams.weight
     scale, block_scale = decided.scale, decided.block_scale
