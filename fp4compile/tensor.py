@@ -20,12 +20,18 @@ from fp4compile.errors import UnsupportedOperationError
 from fp4compile.formats import by_name
 from fp4compile.operand import original_weight
 from fp4compile.packing import unpack_blocks, unpack_values
-from fp4compile.weight_functions import FUNCTIONS, TRANSPOSES, by_operator, swaps_last_two
+from fp4compile.weight_functions import (
+    FUNCTIONS,
+    TRANSPOSES,
+    PackedWeight,
+    by_operator,
+    swaps_last_two,
+)
 
 aten = torch.ops.aten
 
 
-class FP4Tensor(torch.Tensor):
+class FP4Tensor(PackedWeight):
     """Packed codes of a weight ``[N, K]`` with all that a call needs to use them.
 
     ``packed_weight`` uint8 ``[N, packed_size(K)]``; ``weight_scale`` and ``block_scale`` as

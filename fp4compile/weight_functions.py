@@ -7,7 +7,7 @@ with a quantized tensor in another's, they raise ``UnsupportedOperationError``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +16,30 @@ from torch.nn import functional as F
 from fp4compile.errors import UnsupportedOperationError
 from fp4compile.weight_uses import convolution_reason, einsum_transposed, is_grouped, patches
 
-if TYPE_CHECKING:
-    from fp4compile.tensor import FP4Tensor
-
 aten = torch.ops.aten
 
 
-def _is_quantized(value: object) -> bool:
-    return hasattr(value, "packed_weight")
+class PackedWeight(torch.Tensor):
+    """What the functions here take in place of a weight; ``FP4Tensor`` is the one there is."""
+
+    transposed: bool
+    patch: tuple[int, ...]
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ W^T + bias``."""
+        raise NotImplementedError
+
+    def grouped_linear(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Rows of ``x`` up to ``offsets[e]`` times ``W[e]^T``."""
+        raise NotImplementedError
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Rows of the weight."""
+        raise NotImplementedError
 
 
-def _linear(input: Tensor, weight: FP4Tensor, bias: Tensor | None = None) -> Tensor:
-    if not _is_quantized(weight) or weight.transposed or weight.dim() != 2:
+def _linear(input: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, PackedWeight) or weight.transposed or weight.dim() != 2:
         raise UnsupportedOperationError(
             "F.linear needs the quantized tensor as its weight [N, K], not as its input or "
             "transposed; leave this parameter out with ignore=[...]"
@@ -35,8 +47,8 @@ def _linear(input: Tensor, weight: FP4Tensor, bias: Tensor | None = None) -> Ten
     return weight.linear(input, bias)
 
 
-def _matmul(input: Tensor, other: FP4Tensor) -> Tensor:
-    if not _is_quantized(other) or not other.transposed or other.dim() != 2:
+def _matmul(input: Tensor, other: PackedWeight) -> Tensor:
+    if not isinstance(other, PackedWeight) or not other.transposed or other.dim() != 2:
         raise UnsupportedOperationError(
             "matmul needs the quantized tensor as its right operand [K, N]; "
             "leave this parameter out with ignore=[...]"
@@ -45,9 +57,9 @@ def _matmul(input: Tensor, other: FP4Tensor) -> Tensor:
 
 
 def _addmm(
-    input: Tensor, mat1: Tensor, mat2: FP4Tensor, *, beta: float = 1, alpha: float = 1
+    input: Tensor, mat1: Tensor, mat2: PackedWeight, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
-    if beta != 1 or alpha != 1 or not _is_quantized(mat2) or not mat2.transposed:
+    if beta != 1 or alpha != 1 or not isinstance(mat2, PackedWeight) or not mat2.transposed:
         raise UnsupportedOperationError(
             f"addmm on a quantized weight needs it as mat2 [K, N] and beta = alpha = 1, "
             f"got beta={beta}, alpha={alpha}; leave this parameter out with ignore=[...]"
@@ -57,7 +69,7 @@ def _addmm(
 
 def _embedding(
     input: Tensor,
-    weight: FP4Tensor,
+    weight: PackedWeight,
     padding_idx: int | None = None,
     max_norm: float | None = None,
     *_unused: Any,
@@ -72,7 +84,7 @@ def _embedding(
 
 
 def _convolution(
-    input: Tensor, weight: FP4Tensor, bias: Tensor | None = None, *options: Any, **named: Any
+    input: Tensor, weight: PackedWeight, bias: Tensor | None = None, *options: Any, **named: Any
 ) -> Tensor:
     reason = convolution_reason(weight.patch, *options, **named)
     if not weight.patch or reason is not None:
@@ -86,10 +98,12 @@ def _convolution(
     return y if x is input else y.squeeze(0)
 
 
-def _grouped(input: Tensor, weight: FP4Tensor, offs: Tensor | None = None, **named: Any) -> Tensor:
+def _grouped(
+    input: Tensor, weight: PackedWeight, offs: Tensor | None = None, **named: Any
+) -> Tensor:
     if (
         offs is None
-        or not _is_quantized(weight)
+        or not isinstance(weight, PackedWeight)
         or not weight.transposed
         or weight.dim() != 3
         or any(value is not None for value in named.values())
@@ -101,15 +115,19 @@ def _grouped(input: Tensor, weight: FP4Tensor, offs: Tensor | None = None, **nam
     return weight.grouped_linear(input, offs)
 
 
-def _bmm(input: Tensor, mat2: FP4Tensor) -> Tensor:
+def _bmm(input: Tensor, mat2: Tensor) -> Tensor:
     """One row per matrix, as experts chosen by indexing are called: ``[S, 1, K] x [S, K, N]``, or
     ``[S, N, K] x [S, K, 1]``.
     """
-    if _is_quantized(mat2) and mat2.transposed and input.dim() == 3 and input.shape[1] == 1:
+    if (
+        isinstance(mat2, PackedWeight)
+        and mat2.transposed
+        and input.dim() == 3
+        and input.shape[1] == 1
+    ):
         return _row_each(input.squeeze(1), mat2).unsqueeze(1)
-    weight: Any = input
-    if _is_quantized(weight) and not weight.transposed and mat2.shape[-1] == 1:
-        return _row_each(mat2.squeeze(-1), weight).unsqueeze(-1)
+    if isinstance(input, PackedWeight) and not input.transposed and mat2.shape[-1] == 1:
+        return _row_each(mat2.squeeze(-1), input).unsqueeze(-1)
     raise UnsupportedOperationError(
         "bmm takes a quantized stack of matrices only with one row for each; leave this "
         "parameter out with ignore=[...]"
@@ -118,7 +136,7 @@ def _bmm(input: Tensor, mat2: FP4Tensor) -> Tensor:
 
 def _einsum(equation: str, *operands: Any, **_unused: Any) -> Tensor:
     x, weight = operands[0] if len(operands) == 1 else operands
-    if not _is_quantized(weight) or einsum_transposed(equation) is not weight.transposed:
+    if not isinstance(weight, PackedWeight) or einsum_transposed(equation) is not weight.transposed:
         raise UnsupportedOperationError(
             f"einsum {equation!r} is no product of [..., K] with the quantized tensor of shape "
             f"{tuple(weight.shape)}; leave this parameter out with ignore=[...]"
@@ -126,7 +144,7 @@ def _einsum(equation: str, *operands: Any, **_unused: Any) -> Tensor:
     return weight.linear(x, None)
 
 
-def _row_each(x: Tensor, weight: FP4Tensor) -> Tensor:
+def _row_each(x: Tensor, weight: PackedWeight) -> Tensor:
     return weight.grouped_linear(x, torch.arange(1, x.shape[0] + 1, device=x.device))
 
 

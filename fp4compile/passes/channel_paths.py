@@ -62,6 +62,8 @@ def channel_sources(path: Sequence[fx.Node]) -> Tensor | None:
     Args:
         path: nodes, each an argument of the next.
     """
+    if not all(_has_hint(size) for node in path for size in _shape(node)):
+        return None  # a size that depends on data
     shape = _hints(path[0].meta["val"].shape)
     value: Any = torch.arange(shape[-1]).expand(shape)
     values = [value]
@@ -112,6 +114,15 @@ def _others_miss(node: fx.Node, following: fx.Node, value: Any, sources: Tensor)
         if any(bool(torch.isin(leaf, sources).any()) for leaf in leaves):
             return False
     return True
+
+
+def _shape(node: fx.Node) -> Sequence[Any]:
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, Tensor) else ()
+
+
+def _has_hint(size: Any) -> bool:
+    return not isinstance(size, torch.SymInt) or bool(size.node.has_hint())
 
 
 def _hint_of(node: fx.Node) -> Any:
