@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fp4compile.errors import TraceError
+from fp4compile.keyword_call import naming_keywords, parameter_name
 from fp4compile.qparams import QuantSpec
 from fp4compile.weight_uses import WeightUse, bias_node, weight_use
 
@@ -109,7 +110,7 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> G
     Raises:
         TraceError: torch.export refuses the model; the message carries its reason.
     """
-    callee = _naming_keywords(model, kwargs)
+    callee = naming_keywords(model, kwargs)
     call = inspect.signature(callee.forward).bind(*args, **kwargs).arguments
     shapes = pytree.tree_map(_dynamic_shape, dict(call))
     try:
@@ -136,43 +137,6 @@ def _dynamic_shape(value: Any) -> Any:
         return None
     dims = value.dim() if value.dim() <= 2 else (2 if value.dim() == 3 else 1)
     return dict.fromkeys(range(dims), torch.export.Dim.AUTO)
-
-
-# What a wrapper puts before the names of parameters.
-_INNER = "_fp4compile_inner"
-
-
-class _NamingKeywords(nn.Module):
-    """Calls a model whose forward takes ``**kwargs`` by a signature that names them: torch.export
-    mistakes the others for one argument.
-    """
-
-    def __init__(self, model: nn.Module, signature: inspect.Signature) -> None:
-        super().__init__()
-        self.add_module(_INNER, model)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return model(*args, **kwargs)
-
-        vars(forward)["__signature__"] = signature
-        self.forward = forward
-        self.train(model.training)
-
-
-def _naming_keywords(model: nn.Module, kwargs: Mapping[str, Any]) -> nn.Module:
-    """``model``, or a call of it that names ``kwargs`` which its forward does not name."""
-    signature = inspect.signature(model.forward)
-    unnamed = [name for name in kwargs if name not in signature.parameters]
-    if not unnamed:
-        return model
-    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in unnamed]
-    return _NamingKeywords(model, signature.replace(parameters=[*named, *added]))
-
-
-def parameter_name(node: fx.Node) -> str:
-    """The name in the model of what a get_attr node reads."""
-    return str(node.target).removeprefix(f"{_INNER}.")
 
 
 def _drop_assertions(graph: fx.Graph) -> None:

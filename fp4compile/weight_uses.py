@@ -149,20 +149,21 @@ def einsum_transposed(equation: str) -> bool | None:
 
 # By name: one of them exists only once transformers was imported.
 GROUPED_OPS = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
-MATRIX_OPS: dict[Any, Callable[[fx.Node, fx.Node], WeightUse | str]] = {
+_OPS: dict[Any, Callable[[fx.Node, fx.Node], WeightUse | str]] = {
     aten.linear.default: _Matrix(0, 1, False),
     aten.addmm.default: _addmm,
     aten.matmul.default: _Matrix(0, 1, True),
     aten.mm.default: _Matrix(0, 1, True),
-}
-_OPS = MATRIX_OPS | {aten.einsum.default: _einsum} | dict.fromkeys(
-    (
-        aten.conv1d.default, aten.conv1d.padding,
-        aten.conv2d.default, aten.conv2d.padding,
-        aten.conv3d.default, aten.conv3d.padding,
+    aten.einsum.default: _einsum,
+    **dict.fromkeys(
+        (
+            aten.conv1d.default, aten.conv1d.padding,
+            aten.conv2d.default, aten.conv2d.padding,
+            aten.conv3d.default, aten.conv3d.padding,
+        ),
+        _convolution,
     ),
-    _convolution,
-)  # fmt: skip
+}  # fmt: skip
 
 
 def weight_use(node: fx.Node, weight: fx.Node) -> WeightUse | str:
