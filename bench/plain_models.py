@@ -54,18 +54,6 @@ class Shared(nn.Module):
         return self.head(self.layer(torch.relu(self.layer(x))))
 
 
-class TiedTransposed(nn.Module):
-    """An autoencoder whose decoder is the transpose of the encoder."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(HIDDEN, CHANNELS) / 8)
-        self.norm = nn.LayerNorm(CHANNELS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.norm(x), self.weight) @ self.weight
-
-
 class Parametrized(nn.Module):
     """A weight that is computed in every call stays; the other is quantized."""
 
@@ -133,7 +121,6 @@ PLAIN: dict[str, PlainModel] = {
     ),
     "weights without modules": PlainModel(Functional, _features("x")),
     "a layer called twice": PlainModel(Shared, _features("x"), ("weight",)),
-    "a weight and its transpose": PlainModel(TiedTransposed, _features("x"), ("weight",)),
     "parametrized weights": PlainModel(Parametrized, _features("x"), ("original0", "original1")),
     "convolutions": PlainModel(PatchEmbedding, _images, ("weight",)),
     "under torch.compile": PlainModel(_compiled, _features("src")),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp4compile.errors import UnsupportedOperationError
+from fp4compile.fused_attention import encoder_layer, native_attention
 from fp4compile.weight_uses import convolution_reason, einsum_transposed, is_grouped, patches
 
 aten = torch.ops.aten
@@ -172,7 +173,7 @@ def swaps_last_two(dims: int, *order: Any) -> bool:
 
 # Ops that may do no more to a weight than swap its last two dimensions.
 TRANSPOSES = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
-FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.embedding: _embedding,
     F.conv1d: _convolution,
@@ -180,6 +181,8 @@ FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     F.conv3d: _convolution,
     F.grouped_mm: _grouped,
     F.multi_head_attention_forward: _attention,
+    torch._native_multi_head_attention: native_attention,
+    torch._transformer_encoder_layer_fwd: encoder_layer,
     torch.addmm: _addmm,
     torch.Tensor.addmm: _addmm,
     torch.matmul: _matmul,
