@@ -30,7 +30,7 @@ TOKENS = {
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
 }
 TEXT = {**SIZES, **TOKENS}
@@ -39,8 +39,8 @@ IMAGE = {**SIZES, "image_size": 16, "patch_size": 4}
 EXPERTS = {**GQA, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SEQ2SEQ = {
     "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 128,
@@ -158,7 +158,7 @@ FAMILIES: dict[str, Family] = {
     "Phi": _language_model("phi", **TEXT),
     "Phi-3": _language_model("phi3", **GQA),
     "GPT-2": _language_model(
-        "gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=VOCABULARY,
+        "gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=64, vocab_size=VOCABULARY,
         bos_token_id=1, eos_token_id=2,
     ),
     "GPT-NeoX": _language_model("gpt_neox", **TEXT),
@@ -187,7 +187,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "DistilBERT": Family(
         _hugging_face(
-            "DistilBertModel", "distilbert", dim=64, hidden_dim=128, n_layers=2, n_heads=4,
+            "DistilBertModel", "distilbert", dim=64, hidden_dim=128, n_layers=1, n_heads=4,
             vocab_size=VOCABULARY, max_position_embeddings=64,
         ),
         _padded_text,
@@ -216,7 +216,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "T5": Family(
         _hugging_face(
-            "T5ForConditionalGeneration", "t5", d_model=64, d_kv=16, d_ff=128, num_layers=2,
+            "T5ForConditionalGeneration", "t5", d_model=64, d_kv=16, d_ff=128, num_layers=1,
             num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0,
         ),
         _translation,

@@ -26,9 +26,10 @@ def bits(model: nn.Module) -> dict[str, tuple[int, int | None]]:
     }
 
 
-def quantized(overrides, **options) -> nn.Module:
+def quantized(overrides, layers: int = 2, **options) -> nn.Module:
     options = {"method": "minmax", "progress": False, **options}
-    return fp4compile.quantize(tiny_llama(), DATA, "w4a4", overrides=overrides, **options)
+    model = tiny_llama(layers=layers)
+    return fp4compile.quantize(model, DATA, "w4a4", overrides=overrides, **options)
 
 
 @pytest.mark.parametrize(
@@ -57,14 +58,14 @@ def test_a_class_is_a_selector_and_the_first_match_counts():
 @pytest.mark.parametrize("sequential", [False, True])
 def test_siblings_with_different_specs_have_activations_of_their_own(sequential, tmp_path):
     options = {"method": "fpq", "sequential": sequential, "calibration_dir": tmp_path / "kept"}
-    model = quantized({"*.k_proj": "w4a8", "*.v_proj": "w4a16"}, **options)
+    model = quantized({"*.k_proj": "w4a8", "*.v_proj": "w4a16"}, layers=1, **options)
     found = bits(model)
     assert {found[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv"} == {
         (4, 4), (4, 8), (4, None),
     }  # fmt: skip
-    again = quantized({"*.k_proj": "w4a8", "*.v_proj": "w4a16"}, **options)
+    again = quantized({"*.k_proj": "w4a8", "*.v_proj": "w4a16"}, layers=1, **options)
     model.fp4_report.recipe.save(tmp_path / "recipe.json")
-    repeated = fp4compile.quantize(tiny_llama(), recipe=tmp_path / "recipe.json")
+    repeated = fp4compile.quantize(tiny_llama(layers=1), recipe=tmp_path / "recipe.json")
     for other in (again, repeated):
         assert torch.equal(other(tokens(seed=9)).logits, model(tokens(seed=9)).logits)
 

@@ -53,9 +53,17 @@ def fold_exponent_shifts(rewrite: Rewrite) -> Rewrite:
 
 
 def _shift_of(rewrite: Rewrite, sites: Sequence[Site]) -> Tensor | None:
-    found = rewrite.qparams.get(sites[0].name)
-    activation = found.activation if found is not None else None
-    return None if activation is None else activation.exponent_shift
+    """The shift that all ``sites`` were decided to; None if they differ (a recipe made with
+    overrides) or have none.
+    """
+    found = [
+        rewrite.qparams[site.name].activation for site in sites if site.name in rewrite.qparams
+    ]
+    shifts = [None if activation is None else activation.exponent_shift for activation in found]
+    first = shifts[0] if shifts else None
+    if first is None or any(other is None or not torch.equal(first, other) for other in shifts):
+        return None
+    return first
 
 
 def _fold(rewrite: Rewrite, group: Group, producer: _Producer, shift: Tensor) -> Rewrite | None:
