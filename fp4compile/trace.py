@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fp4compile.errors import TraceError
 from fp4compile.keyword_call import naming_keywords, parameter_name
 from fp4compile.qparams import QuantSpec
-from fp4compile.weight_uses import WeightUse, bias_node, weight_use
+from fp4compile.weight_uses import WeightUse, bias_node, swaps_last_two, weight_use
 
 aten = torch.ops.aten
 
@@ -222,11 +222,9 @@ def _uses(readers: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, bool, fx.Node]]
 def _is_transpose(node: fx.Node) -> bool:
     """Whether the last two dimensions change places, and no others."""
     dims = node.meta["val"].dim() if isinstance(node.meta.get("val"), Tensor) else 0
-    if node.target is aten.transpose.int:
-        return {int(dim) % dims for dim in node.args[1:]} == {dims - 1, dims - 2}  # type: ignore[call-overload]  # ints
-    if node.target is aten.permute.default:
-        order = [int(dim) % dims for dim in node.args[1]]  # type: ignore[union-attr, arg-type]  # ints
-        return order == [*range(dims - 2), dims - 1, dims - 2]
+    order: Any = node.args[1:]
+    if node.target in (aten.transpose.int, aten.permute.default):
+        return swaps_last_two(dims, *order)
     return node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default)
 
 

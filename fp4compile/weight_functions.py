@@ -15,7 +15,13 @@ from torch.nn import functional as F
 
 from fp4compile.errors import UnsupportedOperationError
 from fp4compile.fused_attention import encoder_layer, native_attention
-from fp4compile.weight_uses import convolution_reason, einsum_transposed, is_grouped, patches
+from fp4compile.weight_uses import (
+    convolution_reason,
+    einsum_transposed,
+    is_grouped,
+    patches,
+    swaps_last_two,
+)
 
 aten = torch.ops.aten
 
@@ -149,26 +155,17 @@ def _row_each(x: Tensor, weight: PackedWeight) -> Tensor:
     return weight.grouped_linear(x, torch.arange(1, x.shape[0] + 1, device=x.device))
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     """F.multi_head_attention_forward. Its F.linear would expand the weight for an input that is
     not contiguous, as it is with ``batch_first``.
     """
     # It looks at identities to see that this is self-attention.
     made = {id(x): x.contiguous() for x in (query, key, value)}
     with torch._C.DisableTorchFunctionSubclass():
-        result: Tensor = F.multi_head_attention_forward(
+        result: Any = F.multi_head_attention_forward(
             made[id(query)], made[id(key)], made[id(value)], *args, **kwargs
         )
     return result
-
-
-def swaps_last_two(dims: int, *order: Any) -> bool:
-    """Whether ``transpose(*order)`` or ``permute(*order)`` swaps the last two of ``dims``."""
-    if not order:
-        return dims == 2
-    if len(order) == 1:
-        return [dim % dims for dim in order[0]] == [*range(dims - 2), dims - 1, dims - 2]
-    return {dim % dims for dim in order} == {dims - 2, dims - 1}
 
 
 # Ops that may do no more to a weight than swap its last two dimensions.

@@ -93,7 +93,9 @@ def _convolution(node: fx.Node, weight: fx.Node) -> WeightUse | str:
     if node.args[1] is not weight:
         return f"used by {node.target} as something else than its weight"
     window = tuple(weight.meta["val"].shape[2:])
-    reason = convolution_reason(window, *node.args[3:], **node.kwargs)
+    options: Any = node.args[3:]
+    named: Any = node.kwargs
+    reason = convolution_reason(window, *options, **named)
     if reason is not None:
         return f"used by {node.target}: {reason}"
     return _activation(node, 0) or WeightUse(node, node.args[0], (1,), patch=window)  # type: ignore[arg-type]  # _activation checked it
@@ -141,7 +143,7 @@ def einsum_transposed(equation: str) -> bool | None:
     if len(sides) != 2 or len(operands) != 2 or len(operands[1]) != 2:
         return None
     x, weight = operands
-    for transposed, (n, k) in ((False, weight), (True, reversed(weight))):
+    for transposed, k, n in ((False, weight[1], weight[0]), (True, weight[0], weight[1])):
         if x.endswith(k) and n not in x and sides[1] == x[:-1] + n:
             return transposed
     return None
@@ -187,6 +189,15 @@ def bias_node(node: fx.Node) -> Any:
         return node.args[0]
     has_bias = node.target is aten.linear.default or _OPS.get(node.target) is _convolution
     return node.args[2] if has_bias and len(node.args) > 2 else None
+
+
+def swaps_last_two(dims: int, *order: Any) -> bool:
+    """Whether ``transpose(*order)`` or ``permute(*order)`` swaps the last two of ``dims``."""
+    if not order:
+        return dims == 2
+    if len(order) == 1:
+        return [dim % dims for dim in order[0]] == [*range(dims - 2), dims - 1, dims - 2]
+    return {dim % dims for dim in order} == {dims - 2, dims - 1}
 
 
 def patches(x: Tensor, window: tuple[int, ...]) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -185,7 +186,7 @@ def _one_plus_vector(rewrite: Rewrite, node: object) -> tuple[str | None, float]
     vectors = [value for value in node.args if isinstance(value, fx.Node)]
     if len(numbers) != 1 or len(vectors) != 1 or node.meta["val"].dtype != torch.float32:
         return None, 0.0
-    vector = vectors[0]
+    vector: Any = vectors[0]
     if vector.target in PASS_THROUGH and len(vector.users) == 1:
         vector = vector.args[0]
     return _own_vector(rewrite, vector), float(numbers[0])

@@ -93,7 +93,8 @@ def _granularity(operand_scale: Any, block_scale: Any) -> str | None:
 def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
     """The kernel that compiling what uses ``weight`` will use on this machine."""
     if weight.packed_weight.dim() == 3:
-        return grouped_kernel(*weight.packed_weight.shape[:2], weight.reduction)
+        experts, rows, _ = weight.packed_weight.shape
+        return grouped_kernel(experts, rows, weight.reduction)
     rows, columns = weight.packed_weight.shape[0], weight.reduction
     activation = weight.activation_format
     granularity = None if activation is None else weight.granularity
