@@ -20,13 +20,8 @@ from fp4compile.errors import UnsupportedOperationError
 from fp4compile.formats import by_name
 from fp4compile.operand import original_weight
 from fp4compile.packing import unpack_blocks, unpack_values
-from fp4compile.weight_functions import (
-    FUNCTIONS,
-    TRANSPOSES,
-    PackedWeight,
-    by_operator,
-    swaps_last_two,
-)
+from fp4compile.weight_functions import FUNCTIONS, TRANSPOSES, PackedWeight, by_operator
+from fp4compile.weight_uses import swaps_last_two
 
 aten = torch.ops.aten
 
