@@ -20,7 +20,6 @@ from fp4compile.weight_uses import (
     einsum_transposed,
     is_grouped,
     patches,
-    swaps_last_two,
 )
 
 aten = torch.ops.aten
