@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from bench import accuracy as accuracy_bench
+from bench import digits as digits_bench
+from bench import families as families_bench
 from bench import gemm as gemm_bench
+from bench import sts as sts_bench
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -74,6 +78,73 @@ def accuracy(
         if json_path is not None:
             with json_path.open("a") as lines:
                 lines.write(json.dumps(asdict(result)) + "\n")
+
+
+@app.command()
+def sts(
+    data: Annotated[Path, typer.Argument(help="JSON lines with text_a, text_b and score.")],
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="A configuration; repeatable. All without.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads.")] = 2,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
+) -> None:
+    """MiniLM quantized in many ways: Spearman correlation with human scores of similarity."""
+    for result in sts_bench.run(_known(only, sts_bench.CONFIGURATIONS), data, threads):
+        typer.echo(
+            f"{result.name:<20}{result.spearman:8.4f}  {result.bits_per_weight:5.2f} bits"
+            f"{result.seconds:7.0f} s"
+        )
+        _append(json_path, result)
+
+
+@app.command()
+def digits(
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="A configuration; repeatable. All without.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads.")] = 2,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
+) -> None:
+    """A vision transformer trained here on scikit-learn's digits, quantized: top-1 accuracy."""
+    for result in digits_bench.run(_known(only, digits_bench.CONFIGURATIONS), threads):
+        typer.echo(
+            f"{result.name:<20}{result.accuracy:7.2f} %  {result.bits_per_weight:5.2f} bits"
+            f"{result.seconds:7.0f} s"
+        )
+        _append(json_path, result)
+
+
+@app.command()
+def families(
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="A family; repeatable. All without.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Put the table into this page of the docs.")
+    ] = None,
+) -> None:
+    """Tiny random models of every family: what is quantized, folded and kept, and the error."""
+    found = []
+    for result in families_bench.run(_known(only, families_bench.FAMILIES)):
+        found.append(result)
+        typer.echo(families_bench.table([result]).splitlines()[-1])
+    if page is not None:
+        families_bench.write_table(page, found)
+
+
+def _known(only: list[str] | None, names: Iterable[str]) -> list[str]:
+    known = list(names)
+    unknown = [name for name in only or () if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"{unknown} are unknown; there are {known}")
+    return only or known
+
+
+def _append(path: Path | None, result: Any) -> None:
+    if path is not None:
+        with path.open("a") as lines:
+            lines.write(json.dumps(asdict(result)) + "\n")
 
 
 if __name__ == "__main__":

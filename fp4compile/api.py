@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fp4compile.batches import as_batches, example_call, only_example
-from fp4compile.compile import compile_model, load_lowerings
+from fp4compile.compile import compile_model, load_lowerings, uncompiled
 from fp4compile.errors import AlreadyQuantizedError, NonFiniteError
 from fp4compile.passes import PASSES
 from fp4compile.passes.plan import Rewrite, commit
@@ -23,7 +23,7 @@ from fp4compile.qparams import QuantSpec
 from fp4compile.recipe import Recipe, as_recipe
 from fp4compile.report import Report, make_report
 from fp4compile.search import SearchOptions, by_method
-from fp4compile.selection import Selector, select, without_embeddings
+from fp4compile.selection import Selector, as_spec, select, with_overrides, without_embeddings
 from fp4compile.tensor import FP4Tensor
 from fp4compile.trace import trace
 
@@ -41,6 +41,7 @@ def quantize(
     recipe: Recipe | str | Path | None = None,
     targets: Sequence[Selector] | None = None,
     ignore: Sequence[Selector] | None = None,
+    overrides: Mapping[Selector, str | QuantSpec] | None = None,
     sequential: bool = False,
     progress: bool = True,
     max_memory: int | str | None = None,
@@ -50,7 +51,8 @@ def quantize(
     """Quantize ``model`` in place to FP4 weights and activations, without training.
 
     Args:
-        model: any ``nn.Module`` whose forward ``torch.export`` can trace; Hugging Face models too.
+        model: any ``nn.Module`` whose forward ``torch.export`` can trace; Hugging Face models too,
+            and what ``torch.compile`` returned.
         calib_data: what the forward is calibrated on: an iterable of tensors, tuples or dicts, a
             DataLoader, a ``datasets.Dataset`` with tokenised columns, or a list of strings with
             ``tokenizer``. None: a bundled English text (needs ``tokenizer``; a warning says so).
@@ -64,6 +66,8 @@ def quantize(
         targets, ignore: which weights to quantize, and which not: globs on their names
             (``"*.down_proj"``), ``"re:<regex>"``, module classes, or predicates
             ``(name, module) -> bool``.
+        overrides: another ``spec`` for some weights, by the same selectors; the first that
+            matches counts: ``{"*.down_proj": "w4a8"}``.
         sequential: calibrate each layer on the outputs of the already quantized ones, not on
             those of the full-precision model.
         progress: show a progress bar.
@@ -83,8 +87,9 @@ def quantize(
         Fp4CompileError: a subclass names the mistake. The model is then as it was.
     """
     started = time.monotonic()
-    spec = QuantSpec.preset(spec) if isinstance(spec, str) else spec
+    spec = as_spec(spec)
     by_method(method)
+    wrapper, model = model, uncompiled(model)
     _check_model(model)
     with _evaluating(model), torch.no_grad():
         if recipe is None:
@@ -92,11 +97,10 @@ def quantize(
         else:
             batches = [only_example(calib_data, model, tokenizer)]
         graph = trace(model, *example_call(batches[0]))
+        graph = with_overrides(graph, model, overrides or {})
         sites, left_out = select(graph, model, targets, ignore)
-        if spec.embedding is None:
-            sites, embeddings = without_embeddings(sites)
-            left_out |= embeddings
-        graph = replace(graph, sites=sites, skipped={**graph.skipped, **left_out})
+        sites, embeddings = without_embeddings(sites, spec)
+        graph = replace(graph, sites=sites, skipped={**graph.skipped, **left_out, **embeddings})
         if recipe is None:
             decided = decide(
                 model,
@@ -120,7 +124,7 @@ def quantize(
     report: Report = make_report(rewrite, spec, method, time.monotonic() - started)
     model.fp4_report = report  # type: ignore[assignment]  # a plain attribute, not a parameter
     logger.info("%s", report.summary())
-    return model
+    return wrapper
 
 
 def quantize_and_compile(

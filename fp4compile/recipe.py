@@ -128,6 +128,7 @@ def _site_to_json(site: SiteQParams) -> dict[str, Any]:
         and {name: _plain(value) for name, value in vars(activation).items()},
         "error": site.error,
         "minmax_error": site.minmax_error,
+        "unreached": list(site.unreached),
     }
 
 
@@ -145,6 +146,7 @@ def _site_from_json(content: Mapping[str, Any], codes: Mapping[str, Tensor | Non
         activation and _activation_from_json(activation),
         content["error"],
         content["minmax_error"],
+        tuple(content.get("unreached", ())),
     )
 
 

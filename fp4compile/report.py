@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import prod
 from statistics import median
 from typing import Any
 
@@ -20,6 +21,7 @@ class SiteReport:
     """One quantized weight. ``error`` is the relative error of the layer's output on calibration
     tokens, ``minmax_error`` what min-max in the standard format of the width would give; of an
     embedding alone, that of its rows. ``bias``: whether the linear adds one; None if there is none.
+    ``unreached_experts``: those of a stack that calibration brought no token.
     """
 
     name: str
@@ -34,6 +36,7 @@ class SiteReport:
     minmax_error: float
     bytes: int
     bias: bool | None
+    unreached_experts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Report:
     @property
     def bits_per_weight(self) -> float:
         """Bits of codes, scales and shifts per quantized weight."""
-        weights = sum(site.shape[0] * site.shape[1] for site in self.sites)
+        weights = sum(prod(site.shape) for site in self.sites)
         return 8 * sum(site.bytes for site in self.sites) / max(weights, 1)
 
     def summary(self) -> str:
@@ -68,6 +71,12 @@ class Report:
         ]
         if errors:
             lines[0] += f", median relative output error {median(errors):.4f}"
+        lines += [
+            f"{site.name}: calibration brought experts {_some(site.unreached_experts)} no token; "
+            "they were quantized by their weights alone"
+            for site in self.sites
+            if site.unreached_experts
+        ]
         lines += [f"in high precision: {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
 
@@ -82,6 +91,11 @@ class Report:
             "skipped": dict(self.skipped),
             "kernels": {name: asdict(choice) for name, choice in self.kernels.items()},
         }
+
+
+def _some(numbers: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return shown if len(numbers) <= 8 else f"{shown} and {len(numbers) - 8} more"
 
 
 def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) -> Report:
@@ -119,4 +133,5 @@ def _site_report(rewrite: Rewrite, site: Site, producer: str | None) -> SiteRepo
         minmax_error=decision.minmax_error,
         bytes=sum(getattr(tensor, part).nbytes for part in tensor.__tensor_flatten__()[0]),
         bias=bias_node(site.linears[0]) is not None if site.linears else None,
+        unreached_experts=decision.unreached,
     )
