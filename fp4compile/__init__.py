@@ -1,8 +1,9 @@
 """fp4compile: trained transformers to fast 4-bit floating-point ones, without training."""
 
 from fp4compile.api import quantize, quantize_and_compile
-from fp4compile.compile import load_lowerings
+from fp4compile.compile import compile_model, load_lowerings
 from fp4compile.errors import Fp4CompileError
+from fp4compile.integrations import install_hooks
 from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report
@@ -16,7 +17,10 @@ __all__ = [
     "Report",
     "SearchOptions",
     "TensorSpec",
+    "compile_model",
     "load_lowerings",
     "quantize",
     "quantize_and_compile",
 ]
+
+install_hooks()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fp4compile import integrations
 from fp4compile.batches import as_batches, example_call, only_example
 from fp4compile.compile import compile_model, load_lowerings
 from fp4compile.errors import AlreadyQuantizedError, NonFiniteError
@@ -119,6 +120,7 @@ def quantize(
     commit(rewrite)
     report: Report = make_report(rewrite, spec, method, time.monotonic() - started)
     model.fp4_report = report  # type: ignore[assignment]  # a plain attribute, not a parameter
+    integrations.attach(model)
     logger.info("%s", report.summary())
     return model
 
