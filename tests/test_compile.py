@@ -102,7 +102,6 @@ def test_torch_compile_takes_quantized_models(backend):
     x = torch.randn(5, 16)
     model = fp4compile.quantize(Linears(), [x], progress=False)
     expected = model(x)
-    fp4compile.load_lowerings()
     got = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)(x)
     assert torch.equal(got, expected)
 
