@@ -2,6 +2,7 @@
 
 from fp4compile.api import quantize, quantize_and_compile
 from fp4compile.compile import compile_model, load_lowerings
+from fp4compile.coverage import Coverage, verify
 from fp4compile.errors import Fp4CompileError
 from fp4compile.integrations import install_hooks
 from fp4compile.qparams import QuantSpec, TensorSpec
@@ -11,6 +12,7 @@ from fp4compile.search import SearchOptions
 
 __version__ = "0.1.0"
 __all__ = [
+    "Coverage",
     "Fp4CompileError",
     "QuantSpec",
     "Recipe",
@@ -21,6 +23,7 @@ __all__ = [
     "load_lowerings",
     "quantize",
     "quantize_and_compile",
+    "verify",
 ]
 
 install_hooks()

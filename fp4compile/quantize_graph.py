@@ -1,4 +1,4 @@
-"""Quantize the weights of a Dynamo graph by a recipe, for ``torch.compile(options={"recipe": ...})``.
+"""Quantize the weights of a Dynamo graph by a recipe, for the backend's option "recipe".
 
 The model keeps its full-precision parameters; the graph gets its own FP4 weights.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -114,7 +115,7 @@ def compile_graph(
 
 @contextlib.contextmanager
 def saved_code(save: Callable[[str], None]) -> Iterator[None]:
-    """Calls ``save`` with the text of every graph that is generated, or found in a cache, inside."""
+    """Calls ``save`` with the text of every graph generated, or found in a cache, inside."""
     before = GraphLowering.save_output_code
 
     def both(code: str) -> None:
@@ -166,6 +167,13 @@ class GemmTemplate(_TextTemplate):
                 kernel=kernel,
                 header=self.header().getvalue(),
                 export=get_export_declaration(),
+                marker=json.dumps(
+                    {
+                        "kernel": self.name.removeprefix("fp4_"),
+                        "problem": str(self.problem),
+                        "epilogue": _operations(kwargs.get("epilogue_nodes") or []),
+                    }
+                ),
                 problem=self.problem,
                 bfloat16_bits=bfloat16_bits,
                 operand_type=DTYPE_TO_CPP[self.problem.operand_dtype],
@@ -282,6 +290,13 @@ class _Output:
                 self.written, node, epilogue, self.reindexers, [None] * len(epilogue)
             )
         self.aliases = dict.fromkeys(aliased, self.written.get_name())
+
+
+def _operations(nodes: list[Any]) -> list[str]:
+    """Names of the operations that ``nodes`` of an epilogue came from."""
+    # As the user's graph had them: silu, not the four operations that it was decomposed into.
+    originals = [o.meta.get("original_aten") for node in nodes for o in node.get_origins()]
+    return sorted({op._opname for op in originals if isinstance(op, torch._ops.OpOverload)})
 
 
 def _copy(source: Any, destination: Any) -> Any:

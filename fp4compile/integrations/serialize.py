@@ -103,8 +103,8 @@ def restored(
     found = tuple(parts["packed_weight"].shape)
     if found != expected:
         raise CheckpointError(
-            f"{name} is packed as {found} in the checkpoint, a {attributes['weight_format']} weight "
-            f"of shape {tuple(shape)} needs {expected}; the checkpoint belongs to another model"
+            f"{name} is packed as {found} in the checkpoint, a weight of {tuple(shape)} in "
+            f"{attributes['weight_format']} needs {expected}; the checkpoint belongs to another model"
         )
     tensors: dict[str, Any] = dict(parts)
     return FP4Tensor(**tensors, **attributes, reduction=reduction, dtype=dtype)
