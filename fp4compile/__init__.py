@@ -4,6 +4,7 @@ from fp4compile.api import quantize, quantize_and_compile
 from fp4compile.compile import compile_model, load_lowerings
 from fp4compile.coverage import Coverage, verify
 from fp4compile.errors import Fp4CompileError
+from fp4compile.export import export, load_exported
 from fp4compile.integrations import install_hooks
 from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.recipe import Recipe
@@ -20,6 +21,8 @@ __all__ = [
     "SearchOptions",
     "TensorSpec",
     "compile_model",
+    "export",
+    "load_exported",
     "load_lowerings",
     "quantize",
     "quantize_and_compile",

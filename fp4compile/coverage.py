@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fp4compile.batches import only_example
+from fp4compile.batches import Batch, only_example
 from fp4compile.errors import CompileError
 from fp4compile.kernels import REFERENCE
 from fp4compile.report import Report
@@ -160,7 +160,7 @@ def verify(model: nn.Module, *args: Any, strict: bool = False, **kwargs: Any) ->
         raise CompileError("the model is not compiled; call fp4compile.compile_model(model) first")
     if args or kwargs or not recorder.graphs:
         if not args and not kwargs:
-            args, kwargs = _example(model)
+            args, kwargs = traced_call(model)
         with torch.no_grad():
             model(*args, **kwargs)
     coverage = Coverage(
@@ -180,15 +180,20 @@ def verify(model: nn.Module, *args: Any, strict: bool = False, **kwargs: Any) ->
     return coverage
 
 
-def _example(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def traced_call(model: nn.Module) -> Batch:
+    """A call that ``model`` understands.
+
+    Raises:
+        CompileError: none is known.
+    """
     report = getattr(model, "fp4_report", None)
     if isinstance(report, Report) and report.example is not None:
         return report.example
     if hasattr(model, "dummy_inputs"):
-        return only_example(None, model)
+        return onlytraced_call(None, model)
     raise CompileError(
-        "the model was not called since it was compiled, so there is no code to verify; "
-        "call it, or give verify the arguments of a call"
+        "no call of this model is known (it was not quantized in this process); "
+        "give the inputs of one"
     )
 
 

@@ -85,7 +85,7 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> G
     Raises:
         TraceError: torch.export refuses the model; the message carries its reason.
     """
-    dynamic = pytree.tree_map(_dynamic_shape, (tuple(args), dict(kwargs)))
+    dynamic = pytree.tree_map(dynamic_shape, (tuple(args), dict(kwargs)))
     shapes: Any = dynamic[0] if not kwargs else dict(_names(model, args, dynamic[0]), **dynamic[1])
     try:
         with torch.no_grad():
@@ -105,7 +105,7 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> G
     return Graph(module, exported.call_spec.in_spec, sites, skipped)
 
 
-def _dynamic_shape(value: Any) -> Any:
+def dynamic_shape(value: Any) -> Any:
     """Batch and sequence are dynamic; for images and features of 4 or more dims only the batch."""
     if not isinstance(value, Tensor):
         return None

@@ -6,7 +6,7 @@ Importing this package registers them with Inductor.
 from functools import partial
 
 import fp4compile.ops  # noqa: F401  (defines the ops that are lowered)
-from fp4compile.lowering import inductor
+from fp4compile.lowering import inductor, package
 from fp4compile.lowering.code import calls_in
 from fp4compile.lowering.config import config
 
@@ -19,4 +19,4 @@ compile_graph = partial(inductor.compile_graph, settings=config.__repr__)
 from fp4compile.lowering import ops  # noqa: E402, F401
 from fp4compile.lowering.ops.linear import kernel_for  # noqa: E402
 
-__all__ = ["calls_in", "compile_graph", "config", "kernel_for", "saved_code"]
+__all__ = ["calls_in", "compile_graph", "config", "kernel_for", "package", "saved_code"]

@@ -104,7 +104,7 @@ def restored(
     if found != expected:
         raise CheckpointError(
             f"{name} is packed as {found} in the checkpoint, a weight of {tuple(shape)} in "
-            f"{attributes['weight_format']} needs {expected}; the checkpoint belongs to another model"
+            f"{attributes['weight_format']} needs {expected}; it belongs to another model"
         )
     tensors: dict[str, Any] = dict(parts)
     return FP4Tensor(**tensors, **attributes, reduction=reduction, dtype=dtype)
