@@ -190,7 +190,7 @@ def traced_call(model: nn.Module) -> Batch:
     if isinstance(report, Report) and report.example is not None:
         return report.example
     if hasattr(model, "dummy_inputs"):
-        return onlytraced_call(None, model)
+        return only_example(None, model)
     raise CompileError(
         "no call of this model is known (it was not quantized in this process); "
         "give the inputs of one"

@@ -40,8 +40,8 @@ def export(
         path: must end in ``.pt2``.
         example_inputs: positional arguments, or a mapping of keyword arguments; None: those that
             the model was traced with. Tensors need a batch of at least 2.
-        dynamic_shapes: as in ``torch.export.export``, in the form of ``example_inputs``; None: batch
-            and sequence are dynamic.
+        dynamic_shapes: as in ``torch.export.export``, in the form of ``example_inputs``; None:
+            batch and sequence are dynamic.
 
     Returns:
         ``path``. The program returns what the forward does; of a Hugging Face output its tensors,
@@ -64,7 +64,7 @@ def export(
         dynamic_shapes = pytree.tree_map(dynamic_shape, kwargs if kwargs else args)
     shapes = {
         "args": tuple(dynamic_shapes) if args else (),
-        "kwargs": {name: None for name in kwargs} | dict(dynamic_shapes if kwargs else {}),
+        "kwargs": dict.fromkeys(kwargs) | dict(dynamic_shapes if kwargs else {}),
     }
     try:
         with torch.no_grad():
