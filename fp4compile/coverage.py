@@ -42,7 +42,7 @@ class GeneratedGraph:
     calls: tuple[KernelCall, ...]
     parameters: Mapping[int, int]  # input -> id of the parameter
 
-    def of(self, parameter: nn.Parameter) -> list[KernelCall]:
+    def of(self, parameter: FP4Tensor) -> list[KernelCall]:
         """The calls that read ``parameter``'s codes."""
         inputs = {number for number, owner in self.parameters.items() if owner == id(parameter)}
         return [call for call in self.calls if call.inputs & inputs]

@@ -46,8 +46,7 @@ def quantize_graph(
     Raises:
         RecipeError: the graph has weights, and none of them is in the recipe.
     """
-    recipe = _read(str(recipe), Path(recipe).stat().st_mtime_ns) if _is_file(recipe) else recipe
-    recipe = as_recipe(recipe)
+    recipe = _loaded(recipe)
     weights = dict(_weights(module, example_inputs))
     found = {name: node for name, (node, _) in weights.items() if name in recipe.sites}
     if weights and not found:
@@ -70,8 +69,10 @@ def quantize_graph(
     return module
 
 
-def _is_file(recipe: Recipe | str | Path) -> bool:
-    return not isinstance(recipe, Recipe) and Path(recipe).is_file()
+def _loaded(recipe: Recipe | str | Path) -> Recipe:
+    if isinstance(recipe, Recipe) or not Path(recipe).is_file():
+        return as_recipe(recipe)
+    return _read(str(recipe), Path(recipe).stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=4)
@@ -83,11 +84,11 @@ def _weights(
     module: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> list[tuple[str, tuple[fx.Node, Tensor]]]:
     """Name, placeholder and value of every parameter of two dimensions."""
-    found = []
+    found: list[tuple[str, tuple[fx.Node, Tensor]]] = []
     placeholders = module.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, example_inputs, strict=True):
         if isinstance(value, torch.nn.Parameter) and value.dim() == 2:
-            name = ".".join(_ATTRIBUTE.findall(node._dynamo_source.name))
+            name = ".".join(_ATTRIBUTE.findall(vars(node)["_dynamo_source"].name))
             found.append((name, (node, value)))
     return found
 
@@ -116,7 +117,8 @@ def _replace(module: fx.GraphModule, node: fx.Node, name: str, weight: FP4Tensor
 
     setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
     # AOTAutograd asks for the origin of every parameter.
-    module._param_name_to_source[name] = AttrSource(node._dynamo_source, "fp4")  # type: ignore[index,operator]
+    origins: dict[str, Any] = vars(module)["_param_name_to_source"]
+    origins[name] = AttrSource(vars(node)["_dynamo_source"], "fp4")
     with module.graph.inserting_after(node):
         constant = module.graph.get_attr(name)
     # The placeholder stays: the graph is called with the model's parameters.
