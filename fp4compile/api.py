@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fp4compile import integrations
 from fp4compile.batches import as_batches, example_call, only_example
 from fp4compile.compile import compile_model, load_lowerings, uncompiled
+from fp4compile.coverage import verify
 from fp4compile.errors import AlreadyQuantizedError, NonFiniteError
 from fp4compile.passes import PASSES
 from fp4compile.passes.plan import Rewrite, commit
@@ -96,8 +98,8 @@ def quantize(
             batches = as_batches(calib_data, model, tokenizer)
         else:
             batches = [only_example(calib_data, model, tokenizer)]
-        graph = trace(model, *example_call(batches[0]))
-        graph = with_overrides(graph, model, overrides or {})
+        example = example_call(batches[0])
+        graph = with_overrides(trace(model, *example), model, overrides or {})
         sites, left_out = select(graph, model, targets, ignore)
         sites, embeddings = without_embeddings(sites, spec)
         graph = replace(graph, sites=sites, skipped={**graph.skipped, **left_out, **embeddings})
@@ -122,7 +124,8 @@ def quantize(
             rewrite = rewrite_pass(rewrite)
     commit(rewrite)
     report: Report = make_report(rewrite, spec, method, time.monotonic() - started)
-    model.fp4_report = report  # type: ignore[assignment]  # a plain attribute, not a parameter
+    model.fp4_report = replace(report, example=example)  # type: ignore[assignment]  # a plain attribute, not a parameter
+    integrations.attach(model)
     logger.info("%s", report.summary())
     return wrapper
 
@@ -132,11 +135,15 @@ def quantize_and_compile(
 ) -> nn.Module:
     """:func:`quantize`, then compile the model's forward with Inductor.
 
-    All arguments are those of :func:`quantize`. The first call of each kind compiles; forward
-    and ``generate`` then run compiled, prefill and decode alike.
+    All arguments are those of :func:`quantize`. The first call of each kind compiles (one is made
+    here, for :func:`verify`, whose summary is logged); forward and ``generate`` then run compiled,
+    prefill and decode alike.
     """
     load_lowerings()  # what cannot compile here shall fail before minutes of calibration
-    return compile_model(quantize(model, calib_data, spec, **options))
+    model = compile_model(quantize(model, calib_data, spec, **options))
+    if uncompiled(model) is model:  # what torch.compile(model) returned has the caller's backend
+        logger.info("%s", verify(model).summary())
+    return model
 
 
 def _check_model(model: nn.Module) -> None:

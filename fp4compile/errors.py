@@ -32,7 +32,7 @@ class MemoryLimitError(Fp4CompileError):
 
 
 class CheckpointError(Fp4CompileError):
-    """``calibration_dir`` belongs to another run, or a file of it cannot be read."""
+    """``calibration_dir`` or a saved model belongs to another run, or cannot be read."""
 
 
 class TraceError(Fp4CompileError):

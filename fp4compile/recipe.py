@@ -93,13 +93,13 @@ class Recipe:
                 f"{unknown[0]}; it belongs to another model"
             )
         return {
-            site.name: _unfolded(self.sites[site.name])
+            site.name: unfolded(self.sites[site.name])
             for site in graph.sites
             if site.name in self.sites
         }
 
 
-def _unfolded(site: SiteQParams) -> SiteQParams:
+def unfolded(site: SiteQParams) -> SiteQParams:
     """Which shifts a producer absorbs is decided by the passes, for every model anew."""
     if site.activation is None:
         return site

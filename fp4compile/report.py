@@ -8,6 +8,7 @@ from math import prod
 from statistics import median
 from typing import Any
 
+from fp4compile.batches import Batch
 from fp4compile.kernels import KernelChoice
 from fp4compile.passes.plan import Rewrite
 from fp4compile.qparams import QuantSpec
@@ -43,7 +44,7 @@ class SiteReport:
 class Report:
     """``sites`` that are FP4 now; ``skipped`` parameters of two or more dimensions, each with
     its reason; ``recipe`` repeats the run; ``kernels`` (after compiling) names the kernel of every
-    site that is multiplied with.
+    site that is multiplied with; ``example``: the call that the model was traced with.
     """
 
     spec: QuantSpec
@@ -53,6 +54,7 @@ class Report:
     seconds: float
     recipe: Recipe
     kernels: Mapping[str, KernelChoice] = field(default_factory=dict)
+    example: Batch | None = field(default=None, repr=False)
 
     @property
     def bits_per_weight(self) -> float:
@@ -81,7 +83,7 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the recipe, as plain values."""
+        """Everything but the recipe and the example, as plain values."""
         return {
             "spec": asdict(self.spec),
             "method": self.method,
