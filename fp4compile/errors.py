@@ -63,5 +63,9 @@ class EvaluationError(Fp4CompileError):
     """A measurement was asked for that has nothing to measure."""
 
 
+class ModelError(Fp4CompileError):
+    """A model that was named cannot be loaded, or cannot do what was asked of it."""
+
+
 class MissingDependencyError(Fp4CompileError):
     """An optional package is needed for this call and is not installed."""

@@ -23,6 +23,7 @@ from fp4compile.progress import Progress
 from fp4compile.qparams import QuantSpec, SiteQParams, Statistics
 from fp4compile.search import GroupProblem, SearchMethod, SearchOptions, by_method
 from fp4compile.search.candidates import minmax_weight
+from fp4compile.search.diagnosis import diagnosed
 from fp4compile.trace import LINEAR_OPS, Graph, Group, Site
 from fp4compile.weights import dequantized
 
@@ -190,7 +191,7 @@ def _decide_group(
         {site.name: decided[site.name].weight for site in group.sites if site.name in decided},
         run.search,
     )
-    return dict(run.method.search_group(problem))
+    return diagnosed(problem, run.method.search_group(problem))
 
 
 def _decide_lookups_first(run: _Run) -> dict[str, SiteQParams]:

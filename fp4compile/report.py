@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -38,11 +38,12 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """``sites`` that are FP4 now; ``skipped`` parameters of two or more dimensions, each with
+    """``model`` is the class of the model. ``sites`` that are FP4 now; ``skipped`` parameters of two or more dimensions, each with
     its reason; ``recipe`` repeats the run; ``kernels`` (after compiling) names the kernel of every
     site that is multiplied with.
     """
 
+    model: str
     spec: QuantSpec
     method: str
     sites: tuple[SiteReport, ...]
@@ -74,6 +75,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the recipe, as plain values."""
         return {
+            "model": self.model,
             "spec": asdict(self.spec),
             "method": self.method,
             "seconds": self.seconds,
@@ -98,7 +100,9 @@ def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) 
         if site.name not in rewrite.qparams
     }
     skipped = {**rewrite.graph.skipped, **undecided}
-    return Report(spec, method, sites, skipped, seconds, Recipe(rewrite.qparams, skipped))
+    recipe = Recipe(rewrite.qparams, skipped)
+    report = Report(type(rewrite.model).__name__, spec, method, sites, skipped, seconds, recipe)
+    return replace(report, recipe=replace(recipe, report=report.to_dict()))
 
 
 def _site_report(rewrite: Rewrite, site: Site, producer: str | None) -> SiteReport:

@@ -13,5 +13,6 @@ inductor.install_source_hash(lambda: repr(config))
 # After the version guard.
 from fp4compile.lowering import ops  # noqa: E402, F401
 from fp4compile.lowering.ops.linear import kernel_for  # noqa: E402
+from fp4compile.lowering.serves import services  # noqa: E402
 
-__all__ = ["config", "kernel_for"]
+__all__ = ["config", "inductor", "kernel_for", "services"]

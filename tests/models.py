@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ FOREIGN = {
 }
 
 
-def tiny_llama(*, layers: int = 2, seed: int = 0) -> nn.Module:
+def tiny_llama(*, layers: int = 2, seed: int = 0, vocabulary: int = VOCABULARY) -> nn.Module:
     """A Llama with a tied head and grouped-query attention; activations differ between channels."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,7 +32,7 @@ def tiny_llama(*, layers: int = 2, seed: int = 0) -> nn.Module:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         initializer_range=0.05,
@@ -44,6 +46,23 @@ def tiny_llama(*, layers: int = 2, seed: int = 0) -> nn.Module:
             if name.endswith("norm.weight"):
                 parameter.copy_(torch.exp2(torch.randn(parameter.shape) * 1.5))
     return model
+
+
+def byte_tokenizer() -> Any:
+    """A token per byte, 257 with the end; its chat template is the first message."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<end>", *alphabet])}
+    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, eos_token="<end>", pad_token="<end>"
+    )
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    return tokenizer
 
 
 def tokens(batch: int = 4, length: int = 24, seed: int = 1) -> Tensor:
