@@ -3,6 +3,7 @@
 from fp4compile.api import quantize, quantize_and_compile
 from fp4compile.compile import load_lowerings
 from fp4compile.errors import Fp4CompileError
+from fp4compile.measure import benchmark
 from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report
@@ -16,6 +17,7 @@ __all__ = [
     "Report",
     "SearchOptions",
     "TensorSpec",
+    "benchmark",
     "load_lowerings",
     "quantize",
     "quantize_and_compile",

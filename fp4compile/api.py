@@ -16,6 +16,7 @@ from torch import nn
 from fp4compile.batches import as_batches, example_call, only_example
 from fp4compile.compile import compile_model, load_lowerings
 from fp4compile.errors import AlreadyQuantizedError, NonFiniteError
+from fp4compile.page import check_writable, write_page
 from fp4compile.passes import PASSES
 from fp4compile.passes.plan import Rewrite, commit
 from fp4compile.pipeline import decide
@@ -46,6 +47,7 @@ def quantize(
     max_memory: int | str | None = None,
     calibration_dir: str | Path | None = None,
     process_group: Any = None,
+    report: str | Path | None = None,
 ) -> nn.Module:
     """Quantize ``model`` in place to FP4 weights and activations, without training.
 
@@ -74,6 +76,8 @@ def quantize(
             the same directory goes on after an interruption, with the same result.
         process_group: the processes that calibrate together, each called with the same
             arguments; None: all, where torch.distributed is initialised.
+        report: an .html file to write the report to: one self-contained page with what was
+            decided, why, and where the error is.
 
     Returns:
         ``model`` itself, in eval mode, its parameters frozen. ``model.fp4_report`` tells what
@@ -85,6 +89,8 @@ def quantize(
     started = time.monotonic()
     spec = QuantSpec.preset(spec) if isinstance(spec, str) else spec
     by_method(method)
+    if report is not None:
+        check_writable(report)
     _check_model(model)
     with _evaluating(model), torch.no_grad():
         if recipe is None:
@@ -117,14 +123,21 @@ def quantize(
         for rewrite_pass in PASSES:
             rewrite = rewrite_pass(rewrite)
     commit(rewrite)
-    report: Report = make_report(rewrite, spec, method, time.monotonic() - started)
-    model.fp4_report = report  # type: ignore[assignment]  # a plain attribute, not a parameter
-    logger.info("%s", report.summary())
+    made: Report = make_report(rewrite, spec, method, time.monotonic() - started)
+    model.fp4_report = made  # type: ignore[assignment]  # a plain attribute, not a parameter
+    logger.info("%s", made.summary())
+    if report is not None:
+        write_page(made, report)
     return model
 
 
 def quantize_and_compile(
-    model: nn.Module, calib_data: Any = None, spec: str | QuantSpec = "w4a4", **options: Any
+    model: nn.Module,
+    calib_data: Any = None,
+    spec: str | QuantSpec = "w4a4",
+    *,
+    report: str | Path | None = None,
+    **options: Any,
 ) -> nn.Module:
     """:func:`quantize`, then compile the model's forward with Inductor.
 
@@ -132,7 +145,12 @@ def quantize_and_compile(
     and ``generate`` then run compiled, prefill and decode alike.
     """
     load_lowerings()  # what cannot compile here shall fail before minutes of calibration
-    return compile_model(quantize(model, calib_data, spec, **options))
+    if report is not None:
+        check_writable(report)
+    compiled = compile_model(quantize(model, calib_data, spec, **options))
+    if report is not None:
+        write_page(compiled.fp4_report, report)  # now it also names the kernels
+    return compiled
 
 
 def _check_model(model: nn.Module) -> None:

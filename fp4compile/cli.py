@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import fp4compile
-from fp4compile.commands import demo, doctor, evaluate, generate, inspect, quantize
+from fp4compile.commands import bench, demo, doctor, evaluate, generate, inspect, quantize, report
 from fp4compile.errors import Fp4CompileError
 
 MISTAKE, INTERRUPTED = 1, 130
@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "generate": (generate.command, generate.EXAMPLES),
     "chat": (generate.chat, generate.CHAT_EXAMPLES),
     "inspect": (inspect.command, inspect.EXAMPLES),
+    "bench": (bench.command, bench.EXAMPLES),
+    "report": (report.command, report.EXAMPLES),
     "doctor": (doctor.command, doctor.EXAMPLES),
     "demo": (demo.command, ""),
 }
@@ -55,7 +57,7 @@ def _commands(
 ) -> None:
     """Quantizes PyTorch models to 4-bit floating point and compiles them.
 
-    Exit codes: 0 done; 1 a mistake, told on stderr; 2 wrong usage; 3 a check found something broken.
+    Exit codes: 0 done; 1 a mistake, told on stderr; 2 wrong usage; 3 a check found a fault.
     """
     if verbose:
         logging.basicConfig(format="%(name)s: %(message)s")

@@ -38,9 +38,9 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """``model`` is the class of the model. ``sites`` that are FP4 now; ``skipped`` parameters of two or more dimensions, each with
-    its reason; ``recipe`` repeats the run; ``kernels`` (after compiling) names the kernel of every
-    site that is multiplied with.
+    """``model`` is the model's class. ``sites`` that are FP4 now; ``skipped`` parameters of two or
+    more dimensions, each with its reason; ``recipe`` repeats the run; ``kernels`` (after compiling)
+    names the kernel of every site that is multiplied with.
     """
 
     model: str

@@ -52,12 +52,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(plain: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized") / "out"
+    options = ["--method", "minmax", "--data", str(text), "--ignore", "*.down_proj"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             sys,
             "argv",
-            ["fp4compile", "quantize", str(plain), str(folder), "--method", "minmax"]
-            + ["--data", str(text), "--ignore", "*.down_proj"],
+            ["fp4compile", "quantize", str(plain), str(folder), *options],
         )
         with pytest.raises(SystemExit) as end:
             cli.main()

@@ -33,7 +33,7 @@ def command(
     ] = False,
     json_path: JsonPath = None,
 ) -> None:
-    """What works on this machine, what will be slow, and the fix. Exit code 3: something is broken."""
+    """What works on this machine, what will be slow, and the fix; exit code 3 if broken."""
     checks = examine(probe=probe)
     machine = asdict(describe_machine())
     result = {"machine": machine, "checks": [asdict(check) for check in checks]}

@@ -22,7 +22,7 @@ EXAMPLES = """
 
   fp4compile quantize HuggingFaceTB/SmolLM2-135M out --method best --data my_text.txt
 
-  fp4compile quantize MODEL out --ignore lm_head --ignore 're:layers\\.0\\.' --report out/report.html
+  fp4compile quantize MODEL out --ignore lm_head --ignore '*.0.*' --report report.html
 
   fp4compile quantize MODEL out --max-memory 8GiB --calibration-dir runs/a  # killed? say it again
 """
@@ -41,7 +41,7 @@ def command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text to calibrate on: a file (.txt, .jsonl, .csv, .parquet with a column 'text'), "
+            help="Text to calibrate on: a file (.txt; .jsonl, .csv, .parquet with a column 'text') "
             "or name[:config[:split]] of a data set on the hub. Default: a bundled excerpt."
         ),
     ] = None,
@@ -65,6 +65,9 @@ def command(
     calibration_dir: Annotated[
         Path | None,
         typer.Option(help="Keeps every decision, so that the same command goes on when killed."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write the report, an HTML page, to this file.")
     ] = None,
     dtype: Dtype = "float32",
     overwrite: Annotated[
@@ -90,6 +93,7 @@ def command(
         sequential=sequential,
         max_memory=max_memory,
         calibration_dir=calibration_dir,
+        report=report,
     )
     save(loaded, out)
     _tell(loaded.model.fp4_report, out, json_path)

@@ -1,0 +1,46 @@
+"""``fp4compile report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fp4compile.commands.loading import RECIPE_FILE
+from fp4compile.commands.options import JsonPath
+from fp4compile.commands.output import emit
+from fp4compile.errors import ReportError
+from fp4compile.page import write_page
+from fp4compile.recipe import Recipe
+
+EXAMPLES = """
+[bold]Examples[/]
+
+  fp4compile report out/smollm2
+
+  fp4compile report out/smollm2/recipe.json --out report.html --json report.json
+"""
+
+
+def command(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE|MODEL",
+            help="A recipe, or the directory that fp4compile quantize wrote.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    json_path: JsonPath = None,
+) -> None:
+    """Write what was decided as one HTML page: errors, formats, channels, sensitivity."""
+    recipe = source / RECIPE_FILE if source.is_dir() else source
+    if not recipe.is_file():
+        raise ReportError(
+            f"{source} is neither a recipe nor a directory with a {RECIPE_FILE}; give what "
+            "fp4compile quantize or model.fp4_report.recipe.save wrote"
+        )
+    page = write_page(Recipe.load(recipe), out)
+    emit(page.to_dict(), f"wrote {out}", json_path)

@@ -1,0 +1,46 @@
+"""The report as one self-contained HTML page: no network, no library in the browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fp4compile.errors import ReportError
+from fp4compile.page.content import Page, page_of
+from fp4compile.page.render import render
+from fp4compile.recipe import Recipe
+from fp4compile.report import Report
+
+
+def write_page(source: Report | Recipe, path: str | Path) -> Page:
+    """Write the page of a report, or of the recipe that a run saved, to ``path``.
+
+    Returns:
+        What the page shows, as plain values (``Page.to_dict`` is its JSON).
+
+    Raises:
+        ReportError: the recipe has no report (an older version made it), or ``path`` cannot be
+            written.
+    """
+    page = page_of(source)
+    try:
+        Path(path).write_text(render(page), encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"cannot write the report to {path}: {error}") from error
+    return page
+
+
+def check_writable(path: str | Path) -> None:
+    """Fail before minutes of calibration, not after them.
+
+    Raises:
+        ReportError: ``path`` lies in no directory, or is one.
+    """
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        raise ReportError(
+            f"report={str(path)!r} is no file that can be written; name an .html file in a "
+            "directory that exists"
+        )
+
+
+__all__ = ["Page", "check_writable", "page_of", "write_page"]
