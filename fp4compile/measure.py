@@ -153,19 +153,23 @@ def dequantized_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Activations are not rounded in it.
     """
     made = copy.deepcopy(model)
-    dense: dict[int, nn.Parameter] = {}
+    dense: dict[tuple[int, bool], nn.Parameter] = {}
     for name, weight in list(made.named_parameters(remove_duplicate=False)):
         if isinstance(weight, FP4Tensor):
-            owner, _, attribute = name.rpartition(".")
-            if id(weight) not in dense:
-                dense[id(weight)] = nn.Parameter(_dense(weight), requires_grad=False)
-            setattr(made.get_submodule(owner), attribute, dense[id(weight)])
+            owner_name, _, attribute = name.rpartition(".")
+            owner = made.get_submodule(owner_name)
+            # What is looked up is no factor of a shifted activation, so a tied head may part here.
+            shifted = weight.shift_folded and not isinstance(owner, nn.Embedding)
+            if (id(weight), shifted) not in dense:
+                values = nn.Parameter(_dense(weight, shifted), requires_grad=False)
+                dense[id(weight), shifted] = values
+            setattr(owner, attribute, dense[id(weight), shifted])
     return made.to(dtype)
 
 
-def _dense(weight: FP4Tensor) -> Tensor:
+def _dense(weight: FP4Tensor, shifted: bool) -> Tensor:
     values = weight.dequantize()
-    if not weight.shift_folded or weight.exponent_shift is None:
+    if not shifted or weight.exponent_shift is None:
         return values
     # The producer yields x * 2^-shift, which the operand's shift took back.
     factor = power_of_two(weight.exponent_shift)

@@ -81,7 +81,6 @@ def test_a_dequantized_copy_computes_what_the_codes_mean(method: str) -> None:
     dense = dequantized_copy(model, torch.float32)
     expected, got = model(tokens()).logits, dense(tokens()).logits
     assert (got - expected).square().mean() < 2e-2 * expected.square().mean()
-    assert dense.lm_head.weight is dense.model.embed_tokens.weight
     assert any(site.shift_folded_into for site in model.fp4_report.sites) or method == "best"
 
 

@@ -24,6 +24,7 @@ from fp4compile.page.svg import (
 )
 
 PANELS_ACROSS, PANEL_HEIGHT, GAP = 2, 150, 64
+PANEL_PITCH = PANEL_HEIGHT + 76
 LEFT, RIGHT, TOP = 150, WIDTH - 20, 24
 LEGEND = (("m-muted", "as the model makes it"), ("m-main", "after the exponent shift"))
 
@@ -72,14 +73,14 @@ def channel_ranges(page: Page) -> Drawn | None:
     for index, row in enumerate(chosen):
         assert row.channels is not None
         x = 54 + (width + GAP) * (index % PANELS_ACROSS)
-        y = 40 + (PANEL_HEIGHT + 76) * (index // PANELS_ACROSS)
-        parts.append(_panel(row, row.channels, x, y, width))
+        y = 40 + PANEL_PITCH * (index // PANELS_ACROSS)
+        parts.append(panel(row, row.channels, x, y, width))
     rows_of_panels = (len(chosen) + PANELS_ACROSS - 1) // PANELS_ACROSS
     first = chosen[0]
     title = (
         f"The largest channel into {first.kind} (layer {first.layer}) is "
-        f"{number(2 ** _before(first))} times the median one; after the shift "
-        f"{number(2 ** _after(first))} times"
+        f"{2 ** _before(first):.2g} times the median one; after the shift "
+        f"{2 ** _after(first):.2g} times"
     )
     caption = (
         "Largest magnitude of every channel on the calibration tokens, channels in order of it. A "
@@ -87,10 +88,11 @@ def channel_ranges(page: Page) -> Drawn | None:
         "large ones; a shift per channel brings them together, and is undone exactly in the "
         "product. Of every kind the layer with the most uneven channels."
     )
-    return title, caption, figure(30 + (PANEL_HEIGHT + 76) * rows_of_panels, parts, title), LEGEND
+    return title, caption, figure(PANEL_PITCH * rows_of_panels, parts, title), LEGEND
 
 
-def _panel(row: Row, channels: Channels, left: float, top: float, width: float) -> str:
+def panel(row: Row, channels: Channels, left: float, top: float, width: float) -> str:
+    """Maxima of the channels of one activation, before (line) and after the shift (dots)."""
     assert channels.after is not None
     bottom = top + PANEL_HEIGHT
     ys = log_scale([*channels.before, *channels.after], bottom, top)
@@ -153,7 +155,7 @@ def shift_shares(page: Page) -> Drawn | None:
     moved = 1 - all_counts.get(0, 0) / max(sum(all_counts.values()), 1)
     title = f"{percent(moved)} of all channels are shifted"
     caption = (
-        "Channels by their integer exponent shift, from none (light) to the largest (dark): the "
+        "Channels by their integer exponent shift, from none (faint) to the largest (strong): the "
         "channel is divided by 2^shift before it is rounded."
     )
     return title, caption, figure(bottom + 46, parts, title), ()

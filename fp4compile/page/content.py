@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -122,7 +123,7 @@ def page_of(source: Report | Recipe) -> Page:
     return Page(
         said["model"],
         said["method"],
-        said["spec"],
+        json.loads(json.dumps(said["spec"])),  # lists, as in a recipe
         said["seconds"],
         said["bits_per_weight"],
         rows,
@@ -160,6 +161,7 @@ def _shift(decision: SiteQParams) -> Tensor | None:
 
 
 def _channels(absmax: Tensor, shift: Tensor | None) -> Channels:
+    absmax = torch.tensor(_short(absmax))  # as a recipe keeps it: the page is the same from both
     order = absmax.argsort()
     if len(order) > CURVE_POINTS:
         # The largest channel is the one that matters, so it must be among them.

@@ -44,7 +44,8 @@ def error_parts(page: Page) -> Drawn | None:
     caption = (
         "Median over the layers of a kind, on calibration tokens. From standard formats scaled to "
         "the largest value (min-max) to what the search decided; the small marks say how much "
-        "error there would be with only the weights, or only the activations, rounded."
+        "error there would be with only the weights, or only the activations, rounded (on fewer "
+        "tokens, so one of them may lie above both together)."
     )
     legend = [
         ("m-muted", "min-max"),
@@ -84,7 +85,7 @@ def _dumbbell(kind: str, errors: tuple[float, float, float, float], scale: Scale
 
 
 def error_map(page: Page) -> Drawn | None:
-    """A square per weight: kinds down, layers across, darker for more error."""
+    """A square per weight: kinds down, layers across, stronger for more error."""
     rows = [row for row in page.rows if row.layer is not None]
     layers = sorted({row.layer for row in rows if row.layer is not None})
     if len(layers) < 2:
@@ -107,7 +108,7 @@ def error_map(page: Page) -> Drawn | None:
     parts.append(text(LEFT + width * len(layers) / 2, bottom + 36, "layer", "axis", "middle"))
     worst = max(rows, key=lambda row: row.error)
     title = f"The worst weight is {worst.name.removesuffix('.weight')}: {percent(worst.error)}"
-    caption = "Relative output error of every weight; the darker, the larger (log scale)."
+    caption = "Relative output error of every weight: the stronger the colour, the larger (log)."
     return title, caption, figure(bottom + 46, parts, title), ()
 
 

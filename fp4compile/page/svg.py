@@ -33,17 +33,21 @@ class Scale:
 
 
 def log_scale(values: Iterable[float], start: float, end: float) -> Scale:
-    """Whole decades around all positive ``values``."""
+    """From the tick below all positive ``values`` to the one above."""
     positive = [value for value in values if value > 0] or [1.0]
-    low = 10.0 ** math.floor(math.log10(min(positive)))
-    high = 10.0 ** math.ceil(math.log10(max(positive)))
-    return Scale(low, high if high > low else 10 * low, start, end, log=True)
+    ticks = _log_ticks(min(positive) / 10, max(positive) * 10)
+    low = max(tick for tick in ticks if tick <= min(positive))
+    high = min(tick for tick in ticks if tick > max(positive))
+    return Scale(low, high, start, end, log=True)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    first, last = round(math.log10(low)), round(math.log10(high))
-    step = max(1, (last - first) // 5)
-    return [10.0**power for power in range(first, last + 1, step)]
+    """1, 2, 5 of every decade, or powers of ten where these would be many."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if last - first <= 4 else (1,)
+    stride = max(1, (last - first) // 6)
+    found = [f * 10.0**power for power in range(first, last + 1, stride) for f in steps]
+    return [tick for tick in found if low <= tick * (1 + 1e-9) and tick <= high * (1 + 1e-9)]
 
 
 def _ticks(low: float, high: float) -> list[float]:
