@@ -14,6 +14,7 @@ from fp4compile.batches import bundled
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("model", help="directory, or name on the Hugging Face hub")
 parser.add_argument("--spec", default="w4a8")
+parser.add_argument("--method", default="best")
 parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
 arguments = parser.parse_args()
 
@@ -41,7 +42,9 @@ def sequences(name: str, count: int) -> list[dict[str, torch.Tensor]]:
 held_out = sequences("heldout.txt", 4)[0]
 with torch.no_grad():
     expected = model(**held_out).logits.argmax(-1)
-fp4compile.quantize_and_compile(model, sequences("calibration.txt", 32), arguments.spec)
+fp4compile.quantize_and_compile(
+    model, sequences("calibration.txt", 32), arguments.spec, method=arguments.method
+)
 with torch.no_grad():
     got = model(**held_out).logits.argmax(-1)
 

@@ -16,6 +16,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("model", help="directory, or name on the Hugging Face hub")
 parser.add_argument("--images", type=Path, required=True, help="folder of .jpg or .png files")
 parser.add_argument("--spec", default="w4a8")
+parser.add_argument("--method", default="best")
 arguments = parser.parse_args()
 
 model = AutoModelForImageClassification.from_pretrained(arguments.model).eval()
@@ -35,7 +36,7 @@ batches = [{"pixel_values": part} for part in images.split(8)]
 
 with torch.no_grad():
     expected = model(images).logits
-fp4compile.quantize_and_compile(model, batches, arguments.spec)
+fp4compile.quantize_and_compile(model, batches, arguments.spec, method=arguments.method)
 with torch.no_grad():
     got = model(images).logits
 

@@ -149,7 +149,8 @@ def quantize_and_compile(
         check_writable(report)
     compiled = compile_model(quantize(model, calib_data, spec, **options))
     if report is not None:
-        write_page(compiled.fp4_report, report)  # now it also names the kernels
+        made: Any = compiled.fp4_report  # names the kernels now
+        write_page(made, report)
     return compiled
 
 

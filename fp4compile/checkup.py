@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -125,7 +125,7 @@ def _kernels(machine: Machine) -> list[Check]:
         return []  # the check of torch says it
     checks = []
     for service in services:
-        why = "; ".join(f"{target}: {reason}" for target, reason in service.declined.items())
+        why = _reasons(service.declined)
         if service.target is None:
             fix = f"runs on the eager reference ({why})"
             checks.append(Check(f"kernel for {service.kind}", "none", SLOW, fix))
@@ -133,6 +133,14 @@ def _kernels(machine: Machine) -> list[Check]:
             found = f"{service.target}{why and f' ({why})'}"
             checks.append(Check(f"kernel for {service.kind}", found))
     return checks
+
+
+def _reasons(declined: Mapping[str, str]) -> str:
+    """Every reason once, with the targets that give it."""
+    targets: dict[str, list[str]] = {}
+    for target, reason in declined.items():
+        targets.setdefault(reason, []).append(target)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in targets.items())
 
 
 def _probe() -> Check:

@@ -66,7 +66,7 @@ def describe_machine() -> Machine:
         cpu=_cpu_name(),
         cpu_features=tuple(name for name in CPU_FEATURES if present.get(name)),
         caches=_caches(),
-        cores=len(psutil.Process().cpu_affinity()) if hasattr(os, "sched_getaffinity") else 1,
+        cores=_usable_cores(),
         threads=torch.get_num_threads(),
         memory=psutil.virtual_memory().total,
         gpus=tuple(torch.cuda.get_device_name(index) for index in gpus),
@@ -86,6 +86,13 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue  # absence is the answer
     return found
+
+
+def _usable_cores() -> int:
+    """Those that this process may run on; macOS and Windows do not tell, so all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return psutil.cpu_count() or 1
 
 
 def _cpu_name() -> str:

@@ -91,6 +91,29 @@ class Benchmark:
         """Plain values for JSON."""
         return {**asdict(self), "speedup": self.speedup}
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Benchmark:
+        """What :meth:`to_dict` made; other keys are left.
+
+        Raises:
+            EvaluationError: ``content`` is no benchmark.
+        """
+        try:
+            baseline = content["baseline"]
+            return cls(
+                {name: tuple(shape) for name, shape in content["inputs"].items()},
+                content["threads"],
+                content["repetitions"],
+                _measured_from(content["quantized"]),
+                None if baseline is None else _measured_from(baseline),
+                content["baseline_dtype"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EvaluationError(
+                f"this is no benchmark ({type(error).__name__} {error}); give what "
+                "fp4compile bench --json wrote"
+            ) from error
+
     def summary(self) -> str:
         """A few lines: the times, the kinds of work, the op that dominates."""
         lines = [f"quantized: {_milliseconds(self.quantized.seconds)}"]
@@ -255,6 +278,11 @@ def kind_of(name: str) -> str:
 def _shapes(model: nn.Module, args: Any, kwargs: Any) -> dict[str, tuple[int, ...]]:
     named = {**{f"argument {index}": value for index, value in enumerate(args)}, **kwargs}
     return {name: tuple(x.shape) for name, x in named.items() if isinstance(x, Tensor)}
+
+
+def _measured_from(content: Mapping[str, Any]) -> Measured:
+    ops = tuple(OpTime(**op) for op in content["ops"])
+    return Measured(Spread(**content["seconds"]), ops)
 
 
 def _milliseconds(spread: Spread) -> str:

@@ -56,7 +56,7 @@ def services() -> list[Service]:
 
 
 def _problem(changes: dict[str, object]) -> GemmProblem:
-    return GemmProblem(**{**vars(_EXAMPLE), **changes})  # type: ignore[arg-type]
+    return GemmProblem(**{**vars(_EXAMPLE), **changes})
 
 
 def _service(kind: str, problem: GemmProblem) -> Service:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import torch
@@ -69,6 +69,33 @@ def tokens(batch: int = 4, length: int = 24, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     # Token 0 is the padding.
     return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+
+
+class TinyLanguageModel(nn.Module):
+    """A language model with the names of a Llama, and traced in no time; ``dummy_inputs`` as
+    transformers' models have them.
+    """
+
+    dummy_inputs: ClassVar = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+
+    def __init__(self, vocabulary: int = 257, channels: int = 32) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(vocabulary, channels)
+        self.model.layers = nn.ModuleList([nn.Module() for _ in range(2)])
+        for layer in self.model.layers:
+            layer.norm, layer.mlp = nn.LayerNorm(channels), nn.Module()
+            layer.mlp.gate_proj = nn.Linear(channels, 48)
+            layer.mlp.up_proj = nn.Linear(channels, 48)
+            layer.mlp.down_proj = nn.Linear(48, channels)
+        self.lm_head = nn.Linear(channels, vocabulary)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.model.embed_tokens(input_ids)
+        for layer in self.model.layers:
+            y, mlp = layer.norm(x), layer.mlp
+            x = x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
+        return self.lm_head(x)
 
 
 class NormThenLinears(nn.Module):

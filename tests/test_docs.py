@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click import Command, Context
-from models import byte_tokenizer, tiny_llama
+from models import TinyLanguageModel, byte_tokenizer, tiny_llama
 from torch import nn
 from typer.main import get_command
 
@@ -57,7 +57,8 @@ def blocks() -> Iterator[Block]:
 
 @pytest.fixture(scope="module")
 def language_model() -> nn.Module:
-    return tiny_llama(layers=1, vocabulary=257)
+    torch.manual_seed(0)
+    return TinyLanguageModel()
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,10 @@ def quantized(language_model: nn.Module) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def folder(language_model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What transformers loads."""
     path = tmp_path_factory.mktemp("model")
-    language_model.save_pretrained(path)
+    tiny_llama(layers=1, vocabulary=257).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
 

@@ -56,7 +56,7 @@ def test_bert(run, tmp_path: Path) -> None:
     )
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     byte_tokenizer().save_pretrained(tmp_path / "bert")
-    assert "% of " in run("bert.py", tmp_path / "bert", "--length", 24)
+    assert "% of " in run("bert.py", tmp_path / "bert", "--length", 24, "--method", "minmax")
 
 
 def test_vit(run, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_vit(run, tmp_path: Path) -> None:
     for index in range(3):
         noise = torch.randint(256, (40, 40, 3), dtype=torch.uint8).numpy()
         Image.fromarray(noise).save(tmp_path / f"{index}.png")
-    out = run("vit.py", tmp_path / "vit", "--images", tmp_path)
+    out = run("vit.py", tmp_path / "vit", "--images", tmp_path, "--method", "minmax")
     assert "of 3 images" in out
     assert "conv" in out  # why the patch embedding is left
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from fp4compile.commands.loading import RECIPE_FILE
 from fp4compile.commands.options import JsonPath
 from fp4compile.commands.output import emit
 from fp4compile.errors import ReportError
+from fp4compile.measure import Benchmark
 from fp4compile.page import write_page
 from fp4compile.recipe import Recipe
 
@@ -20,6 +22,8 @@ EXAMPLES = """
   fp4compile report out/smollm2
 
   fp4compile report out/smollm2/recipe.json --out report.html --json report.json
+
+  fp4compile report out/smollm2 --bench prefill.json --bench decode.json
 """
 
 
@@ -33,6 +37,10 @@ def command(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    bench: Annotated[
+        list[Path] | None,
+        typer.Option(help="Also show the speed: what fp4compile bench --json wrote; repeatable."),
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Write what was decided as one HTML page: errors, formats, channels, sensitivity."""
@@ -42,5 +50,13 @@ def command(
             f"{source} is neither a recipe nor a directory with a {RECIPE_FILE}; give what "
             "fp4compile quantize or model.fp4_report.recipe.save wrote"
         )
-    page = write_page(Recipe.load(recipe), out)
+    benchmarks = [_read_benchmark(path) for path in bench or ()]
+    page = write_page(Recipe.load(recipe), out, benchmarks)
     emit(page.to_dict(), f"wrote {out}", json_path)
+
+
+def _read_benchmark(path: Path) -> Benchmark:
+    try:
+        return Benchmark.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"cannot read the benchmark {path}: {error}") from error

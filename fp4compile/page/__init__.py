@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fp4compile.errors import ReportError
+from fp4compile.measure import Benchmark
 from fp4compile.page.content import Page, page_of
 from fp4compile.page.render import render
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report
 
 
-def write_page(source: Report | Recipe, path: str | Path) -> Page:
+def write_page(
+    source: Report | Recipe, path: str | Path, benchmarks: Sequence[Benchmark] = ()
+) -> Page:
     """Write the page of a report, or of the recipe that a run saved, to ``path``.
+
+    Args:
+        benchmarks: results of ``fp4compile.benchmark`` on this model, for its speed by input.
 
     Returns:
         What the page shows, as plain values (``Page.to_dict`` is its JSON).
 
     Raises:
-        ReportError: the recipe has no report (an older version made it), or ``path`` cannot be
-            written.
+        ReportError: the recipe has no report (an older version made it), a benchmark has no
+            baseline, or ``path`` cannot be written.
     """
-    page = page_of(source)
+    page = page_of(source, benchmarks)
     try:
         Path(path).write_text(render(page), encoding="utf-8")
     except OSError as error:

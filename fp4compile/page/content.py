@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fp4compile.errors import ReportError
+from fp4compile.evaluate import Spread
+from fp4compile.measure import Benchmark
 from fp4compile.qparams import SiteQParams
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report
@@ -75,6 +77,18 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """A benchmark: shape of the input, seconds of a forward, shares of the time by kind of work."""
+
+    label: str
+    threads: int
+    quantized: Spread
+    baseline: Spread
+    baseline_dtype: str
+    kinds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Page:
     """Everything on the page; ``curve`` goes from all quantized to all in 16 bits."""
 
@@ -86,6 +100,7 @@ class Page:
     rows: tuple[Row, ...]
     skipped: Mapping[str, str]
     curve: tuple[Point, ...]
+    speed: tuple[Speed, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -103,11 +118,11 @@ class Page:
         return median(row.error for row in self.of_kind(kind))
 
 
-def page_of(source: Report | Recipe) -> Page:
+def page_of(source: Report | Recipe, benchmarks: Sequence[Benchmark] = ()) -> Page:
     """The page's content.
 
     Raises:
-        ReportError: the recipe has no report.
+        ReportError: the recipe has no report, or a benchmark no baseline.
     """
     recipe = source.recipe if isinstance(source, Report) else source
     said = source.to_dict() if isinstance(source, Report) else recipe.report
@@ -129,6 +144,24 @@ def page_of(source: Report | Recipe) -> Page:
         rows,
         dict(said["skipped"]),
         sensitivity_curve(rows),
+        tuple(_speed(benchmark) for benchmark in benchmarks),
+    )
+
+
+def _speed(benchmark: Benchmark) -> Speed:
+    if benchmark.baseline is None or benchmark.baseline_dtype is None:
+        raise ReportError(
+            "a benchmark without a baseline says nothing about speed in comparison; measure it "
+            "again with baseline=torch.bfloat16 (fp4compile bench --baseline bfloat16)"
+        )
+    shape = next(iter(benchmark.inputs.values()))
+    return Speed(
+        " x ".join(map(str, shape)),
+        benchmark.threads,
+        benchmark.quantized.seconds,
+        benchmark.baseline.seconds,
+        benchmark.baseline_dtype,
+        benchmark.quantized.kinds,
     )
 
 
@@ -149,9 +182,9 @@ def _row(said: Mapping[str, Any], decision: SiteQParams, kernel: Any) -> Row:
         8 * said["bytes"] / (said["shape"][0] * said["shape"][1]),
         said["error"],
         said["minmax_error"],
-        diagnosis and diagnosis.weight_error,
-        diagnosis and diagnosis.activation_error,
-        diagnosis and _channels(diagnosis.channel_absmax, _shift(decision)),
+        None if diagnosis is None else diagnosis.weight_error,
+        None if diagnosis is None else diagnosis.activation_error,
+        None if diagnosis is None else _channels(diagnosis.channel_absmax, _shift(decision)),
         kernel and kernel["target"],
     )
 

@@ -9,6 +9,7 @@ from fp4compile.page.channels import channel_ranges, shift_shares, spreads
 from fp4compile.page.content import Page
 from fp4compile.page.errors import error_map, error_parts
 from fp4compile.page.sensitivity import curve, ranking
+from fp4compile.page.speed import speedups
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ def figures(page: Page) -> list[Figure]:
 # What a figure function returns: title, caption, svg, legend.
 Drawn = tuple[str, str, str, Sequence[tuple[str, str]]]
 FIGURES: tuple[Callable[[Page], Drawn | None], ...] = (
+    speedups,
     error_parts,
     error_map,
     channel_ranges,
