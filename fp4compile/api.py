@@ -122,12 +122,12 @@ def quantize(
         rewrite = Rewrite(model, graph, decided)
         for rewrite_pass in PASSES:
             rewrite = rewrite_pass(rewrite)
-    commit(rewrite)
     made: Report = make_report(rewrite, spec, method, time.monotonic() - started)
+    if report is not None:
+        write_page(made, report)  # before the model changes: it may fail
+    commit(rewrite)
     model.fp4_report = made  # type: ignore[assignment]  # a plain attribute, not a parameter
     logger.info("%s", made.summary())
-    if report is not None:
-        write_page(made, report)
     return model
 
 

@@ -87,7 +87,7 @@ class Report:
 
 
 def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) -> Report:
-    """The report of a committed rewrite."""
+    """The report of a finished rewrite."""
     producer = {site: name for name, sites in rewrite.folded.items() for site in sites}
     sites = tuple(
         _site_report(rewrite, site, producer.get(site.name))

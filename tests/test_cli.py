@@ -53,6 +53,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(plain: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized") / "out"
     options = ["--method", "minmax", "--data", str(text), "--ignore", "*.down_proj"]
+    options += ["--save-recipe", str(folder.parent / "recipe.json")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             sys,
@@ -69,7 +70,7 @@ def test_what_quantize_saves_is_what_the_recipe_makes(
     command: Command, plain: Path, quantized: Path, tmp_path: Path, capsys: Any
 ) -> None:
     again = tmp_path / "again"
-    recipe = quantized / "recipe.json"
+    recipe = quantized.parent / "recipe.json"
     assert command("quantize", plain, again, "--recipe", recipe, "--json", "-") == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["sites"]) == 7
@@ -97,7 +98,7 @@ def test_inspect_tells_what_is_stored_what_is_found_and_what_a_recipe_says(
     command: Command, plain: Path, quantized: Path, capsys: Any
 ) -> None:
     found = {}
-    for model in (plain, quantized, quantized / "recipe.json"):
+    for model in (plain, quantized, quantized.parent / "recipe.json"):
         assert command("inspect", model, "--json", "-") == 0
         found[model] = json.loads(capsys.readouterr().out)
     full, stored, recipe = found.values()

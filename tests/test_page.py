@@ -19,6 +19,7 @@ from torch import nn
 
 import fp4compile
 from fp4compile import cli
+from fp4compile.commands.loading import REPORT_FILE
 from fp4compile.errors import ReportError
 from fp4compile.page import page_of, write_page
 from fp4compile.page.content import Page, Row, sensitivity_curve
@@ -138,18 +139,29 @@ def test_a_recipe_from_disk_gives_the_same_page(
     assert page_of(fp4compile.Recipe.load(tmp_path / "recipe.json")) == page
 
 
+@pytest.mark.parametrize("source", ["recipe.json", "."], ids=["recipe", "model"])
 def test_the_command_writes_page_and_json(
-    run: tuple[nn.Module, Path], page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str,
+    run: tuple[nn.Module, Path],
+    page: Page,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run[0].fp4_report.recipe.save(tmp_path / "recipe.json")
+    (tmp_path / REPORT_FILE).write_text(json.dumps(page.to_dict()))
     out, numbers = tmp_path / "out.html", tmp_path / "out.json"
-    arguments = ["report", str(tmp_path), "--out", str(out), "--json", str(numbers)]
+    arguments = ["report", str(tmp_path / source), "--out", str(out), "--json", str(numbers)]
     monkeypatch.setattr("sys.argv", ["fp4compile", *arguments])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert not end.value.code
     assert out.read_text() == run[1].read_text()
     assert json.loads(numbers.read_text()) == json.loads(json.dumps(page.to_dict()))
+
+
+def test_what_is_no_report_is_refused() -> None:
+    with pytest.raises(ReportError, match="this is no report"):
+        Page.from_dict({"rows": []})
 
 
 def _error_of(site: SiteQParams) -> tuple[float, float, float]:

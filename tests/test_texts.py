@@ -83,6 +83,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow  # lm-eval reads all its tasks first
 def test_a_task_of_ones_own_is_scored(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs the eval extra")
     from models import byte_tokenizer, tiny_llama

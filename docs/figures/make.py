@@ -9,7 +9,7 @@ from pathlib import Path
 from fp4compile.formats import FORMATS
 from fp4compile.page.channels import panel
 from fp4compile.page.content import page_of
-from fp4compile.page.svg import WIDTH, Scale, dot, figure, line, text
+from fp4compile.page.svg import WIDTH, Scale, dot, drawing, line, text
 from fp4compile.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -37,7 +37,7 @@ def formats() -> str:
             x = scale(value / fmt.max_integer)
             parts += [dot(x, y, "m-main"), text(x, y + 20, str(value), "tick", "middle")]
     parts.append(text(WIDTH / 2, 164, "magnitudes in steps, over the largest", "axis", "middle"))
-    return figure(174, parts, "Values of the 4-bit formats")
+    return drawing(174, parts, "Values of the 4-bit formats")
 
 
 def shifts(recipe: Path) -> str:
@@ -46,7 +46,7 @@ def shifts(recipe: Path) -> str:
     row = max(rows, key=lambda row: row.layer or 0)
     assert row.channels is not None
     drawn = panel(row, row.channels, 64, 36, WIDTH - 90)
-    return figure(220, [STYLE, drawn], f"Channel maxima of the input of {row.name}")
+    return drawing(220, [STYLE, drawn], f"Channel maxima of the input of {row.name}")
 
 
 def standalone(svg: str) -> str:

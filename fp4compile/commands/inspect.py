@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -13,8 +13,8 @@ from rich.console import Group
 from rich.text import Text
 
 from fp4compile.batches import example_call, only_example
-from fp4compile.commands.loading import RECIPE_FILE, load
-from fp4compile.commands.options import JsonPath, Model, dtype_of
+from fp4compile.commands.loading import load, saved_report
+from fp4compile.commands.options import JsonPath, Model
 from fp4compile.commands.output import emit, table
 from fp4compile.evaluate import model_size
 from fp4compile.recipe import Recipe
@@ -26,7 +26,7 @@ EXAMPLES = """
 
   fp4compile inspect out/smollm2  # a quantized model: formats, bits, errors
 
-  fp4compile inspect out/smollm2/recipe.json --sites  # a recipe, weight by weight
+  fp4compile inspect recipe.json --sites  # a recipe, weight by weight
 
   fp4compile inspect demo  # not quantized: what would be, and what not and why
 """
@@ -93,7 +93,7 @@ def _recipe_rows(recipe: Recipe) -> list[SiteRow]:
 
 
 def _of_model(name: str) -> dict[str, Any]:
-    loaded = load(name, dtype_of("float32"))
+    loaded = load(name, None)
     model, size = loaded.model, model_size(loaded.model)
     facts = {
         "what": f"{'FP4' if loaded.is_quantized else 'full-precision'} {type(model).__name__}",
@@ -101,15 +101,16 @@ def _of_model(name: str) -> dict[str, Any]:
         "bytes": size.bytes,
         "bits_per_parameter": size.bits_per_weight,
     }
-    recipe_path = Path(name) / RECIPE_FILE
-    recipe = Recipe.load(recipe_path) if recipe_path.is_file() else Recipe({})
     if loaded.is_quantized:
-        return {**facts, "sites": _stored_rows(model, recipe), "skipped": dict(recipe.skipped)}
+        report = saved_report(Path(name))
+        errors = {row.name: row.error for row in report.rows} if report else {}
+        skipped = dict(report.skipped) if report else {}
+        return {**facts, "sites": _stored_rows(model, errors), "skipped": skipped}
     graph = trace(model, *example_call(only_example(None, model, loaded.tokenizer)))
     return {**facts, "sites": _traced_rows(model, graph), "skipped": dict(graph.skipped)}
 
 
-def _stored_rows(model: Any, recipe: Recipe) -> list[SiteRow]:
+def _stored_rows(model: Any, errors: Mapping[str, float]) -> list[SiteRow]:
     rows = []
     for name, weight in model.named_parameters():
         if isinstance(weight, FP4Tensor):
@@ -122,7 +123,7 @@ def _stored_rows(model: Any, recipe: Recipe) -> list[SiteRow]:
                     weight.activation_format or UNKNOWN,
                     weight.granularity if weight.activation_format else UNKNOWN,
                     8 * stored / weight.numel(),
-                    recipe.sites[name].error if name in recipe.sites else None,
+                    errors.get(name),
                 )
             )
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 
 from fp4compile.commands.output import working
 from fp4compile.demo_model import import_noise_dropped, load_demo_model
-from fp4compile.errors import MissingDependencyError, ModelError
+from fp4compile.errors import MissingDependencyError, ModelError, ReportError
+from fp4compile.page import Page, page_of
 from fp4compile.tensor import FP4Tensor
 
 DEMO = "demo"
-RECIPE_FILE = "recipe.json"
+REPORT_FILE = "fp4_report.json"
 STATE_FILE = "fp4_state.pt"
 # No name on the hub starts so.
 PATH_STARTS = (".", "/", "~")
@@ -50,8 +52,19 @@ class Loaded:
         return self.tokenizer
 
 
-def load(name: str, dtype: torch.dtype) -> Loaded:
-    """The model that MODEL names.
+def saved_report(folder: Path) -> Page | None:
+    """What :func:`save` kept of the report in ``folder``; None where it wrote nothing."""
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        return None
+    try:
+        return Page.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ReportError(f"{path} cannot be read: {error}; quantize the model again") from error
+
+
+def load(name: str, dtype: torch.dtype | None) -> Loaded:
+    """The model that MODEL names, in ``dtype``; None keeps the dtype that it is stored in.
 
     Raises:
         ModelError: it cannot be loaded; the message carries the reason.
@@ -64,12 +77,12 @@ def load(name: str, dtype: torch.dtype) -> Loaded:
         )
     with working(f"loading {name}"):
         if name == DEMO:
-            return Loaded(*load_demo_model(None, dtype))
+            return Loaded(*load_demo_model(None, dtype or torch.bfloat16))
         with import_noise_dropped():
-            return _load_pretrained(name, dtype)
+            return _load_pretrained(name, dtype or "auto")
 
 
-def _load_pretrained(name: str, dtype: torch.dtype) -> Loaded:
+def _load_pretrained(name: str, dtype: torch.dtype | str) -> Loaded:
     import transformers
 
     if name.startswith(PATH_STARTS) and not Path(name).is_dir():
@@ -98,12 +111,16 @@ def _tokenizer(name: str) -> tuple[Any, str]:
 
 
 def save(loaded: Loaded, folder: Path) -> None:
-    """Write the quantized model, its tokenizer and its recipe; ``load`` reads them back."""
+    """Write the quantized model, its tokenizer and what its report says; ``load`` reads it back."""
     with working(f"saving to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        loaded.model.config.save_pretrained(folder)
-        torch.save(loaded.model.state_dict(), folder / STATE_FILE)
-        loaded.model.fp4_report.recipe.save(folder / RECIPE_FILE)
+        if hasattr(loaded.model, "hf_quantizer"):
+            loaded.model.save_pretrained(folder)
+        else:
+            loaded.model.config.save_pretrained(folder)
+            torch.save(loaded.model.state_dict(), folder / STATE_FILE)
+        page = page_of(loaded.model.fp4_report)
+        (folder / REPORT_FILE).write_text(json.dumps(page.to_dict()), encoding="utf-8")
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(folder)
 

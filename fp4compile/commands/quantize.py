@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 import fp4compile
-from fp4compile.commands.loading import RECIPE_FILE, load, save
+from fp4compile.commands.loading import load, save
 from fp4compile.commands.options import Dtype, JsonPath, Method, Model, Preset, dtype_of, spec_of
 from fp4compile.commands.output import emit
 from fp4compile.errors import ModelError
@@ -23,6 +23,8 @@ EXAMPLES = """
   fp4compile quantize HuggingFaceTB/SmolLM2-135M out --method best --data my_text.txt
 
   fp4compile quantize MODEL out --ignore lm_head --ignore '*.0.*' --report report.html
+
+  fp4compile quantize MODEL out --save-recipe recipe.json  # then: --recipe recipe.json
 
   fp4compile quantize MODEL out --max-memory 8GiB --calibration-dir runs/a  # killed? say it again
 """
@@ -66,6 +68,9 @@ def command(
         Path | None,
         typer.Option(help="Keeps every decision, so that the same command goes on when killed."),
     ] = None,
+    save_recipe: Annotated[
+        Path | None, typer.Option(help="Also save the recipe: readable decisions, and codes.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Also write the report, an HTML page, to this file.")
     ] = None,
@@ -96,13 +101,11 @@ def command(
         report=report,
     )
     save(loaded, out)
-    _tell(loaded.model.fp4_report, out, json_path)
-
-
-def _tell(report: fp4compile.Report, out: Path, json_path: Path | None) -> None:
-    lines: list[Any] = [
-        report.summary(),
-        f"saved in {out}; to repeat the run: --recipe {out / RECIPE_FILE}",
-        f"next: fp4compile generate {out} 'Once upon a time'   fp4compile eval {out}",
-    ]
-    emit({**report.to_dict(), "out": str(out)}, Text("\n".join(lines)), json_path)
+    made = loaded.model.fp4_report
+    if save_recipe is not None:
+        made.recipe.save(save_recipe)
+    text = (
+        f"{made.summary()}\nsaved in {out}\n"
+        f"next: fp4compile generate {out} 'Once upon a time', eval {out}, report {out}"
+    )
+    emit({**made.to_dict(), "out": str(out)}, Text(text), json_path)

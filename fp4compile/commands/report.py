@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fp4compile.commands.loading import RECIPE_FILE
+from fp4compile.commands.loading import REPORT_FILE, saved_report
 from fp4compile.commands.options import JsonPath
 from fp4compile.commands.output import emit
 from fp4compile.errors import ReportError
@@ -21,7 +21,7 @@ EXAMPLES = """
 
   fp4compile report out/smollm2
 
-  fp4compile report out/smollm2/recipe.json --out report.html --json report.json
+  fp4compile report recipe.json --out report.html --json report.json
 
   fp4compile report out/smollm2 --bench prefill.json --bench decode.json
 """
@@ -44,14 +44,14 @@ def command(
     json_path: JsonPath = None,
 ) -> None:
     """Write what was decided as one HTML page: errors, formats, channels, sensitivity."""
-    recipe = source / RECIPE_FILE if source.is_dir() else source
-    if not recipe.is_file():
+    found = Recipe.load(source) if source.is_file() else saved_report(source)
+    if found is None:
         raise ReportError(
-            f"{source} is neither a recipe nor a directory with a {RECIPE_FILE}; give what "
+            f"{source} is neither a recipe nor a directory with a {REPORT_FILE}; give what "
             "fp4compile quantize or model.fp4_report.recipe.save wrote"
         )
     benchmarks = [_read_benchmark(path) for path in bench or ()]
-    page = write_page(Recipe.load(recipe), out, benchmarks)
+    page = write_page(found, out, benchmarks)
     emit(page.to_dict(), f"wrote {out}", json_path)
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fp4compile.errors import ReportError
 from fp4compile.measure import Benchmark
-from fp4compile.page.content import Page, page_of
+from fp4compile.page.content import Page, page_of, speeds
 from fp4compile.page.render import render
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report
 
 
 def write_page(
-    source: Report | Recipe, path: str | Path, benchmarks: Sequence[Benchmark] = ()
+    source: Report | Recipe | Page, path: str | Path, benchmarks: Sequence[Benchmark] = ()
 ) -> Page:
-    """Write the page of a report, or of the recipe that a run saved, to ``path``.
+    """Write the page of a report, or of what a run saved of it, to ``path``.
 
     Args:
         benchmarks: results of ``fp4compile.benchmark`` on this model, for its speed by input.
@@ -28,9 +30,14 @@ def write_page(
         ReportError: the recipe has no report (an older version made it), a benchmark has no
             baseline, or ``path`` cannot be written.
     """
-    page = page_of(source, benchmarks)
+    if isinstance(source, Page):
+        page = replace(source, speed=speeds(benchmarks))
+    else:
+        page = page_of(source, benchmarks)
+    partial = Path(f"{path}.{os.getpid()}.partial")  # processes that calibrate together all write
     try:
-        Path(path).write_text(render(page), encoding="utf-8")
+        partial.write_text(render(page), encoding="utf-8")
+        os.replace(partial, path)
     except OSError as error:
         raise ReportError(f"cannot write the report to {path}: {error}") from error
     return page

@@ -9,9 +9,10 @@ from statistics import median
 from fp4compile.page.content import Channels, Page, Row
 from fp4compile.page.svg import (
     WIDTH,
+    Figure,
     Scale,
     dot,
-    figure,
+    drawing,
     line,
     log_scale,
     number,
@@ -27,8 +28,6 @@ PANELS_ACROSS, PANEL_HEIGHT, GAP = 2, 150, 64
 PANEL_PITCH = PANEL_HEIGHT + 76
 LEFT, RIGHT, TOP = 150, WIDTH - 20, 24
 LEGEND = (("m-muted", "as the model makes it"), ("m-main", "after the exponent shift"))
-
-Drawn = tuple[str, str, str, Sequence[tuple[str, str]]]
 
 
 def _shifted(page: Page) -> list[Row]:
@@ -63,7 +62,7 @@ def _after(row: Row) -> float:
     return octaves((row.channels and row.channels.after) or ())
 
 
-def channel_ranges(page: Page) -> Drawn | None:
+def channel_ranges(page: Page) -> Figure | None:
     """Panels of channel maxima before and after, of the most uneven activations."""
     chosen = _most_spread(_shifted(page))
     if not chosen:
@@ -88,7 +87,7 @@ def channel_ranges(page: Page) -> Drawn | None:
         "large ones; a shift per channel brings them together, and is undone exactly in the "
         "product. Of every kind the layer with the most uneven channels."
     )
-    return title, caption, figure(PANEL_PITCH * rows_of_panels, parts, title), LEGEND
+    return Figure(title, caption, drawing(PANEL_PITCH * rows_of_panels, parts, title), LEGEND)
 
 
 def panel(row: Row, channels: Channels, left: float, top: float, width: float) -> str:
@@ -115,7 +114,7 @@ def panel(row: Row, channels: Channels, left: float, top: float, width: float) -
     )
 
 
-def spreads(page: Page) -> Drawn | None:
+def spreads(page: Page) -> Figure | None:
     """Of every activation: octaves of its largest channel, before and after."""
     rows = _shifted(page)
     if len(rows) < 3:
@@ -135,10 +134,10 @@ def spreads(page: Page) -> Drawn | None:
     gain = median(_before(row) - _after(row) for row in rows)
     title = f"Shifts take {gain:.1f} powers of two off the spread of a typical activation"
     caption = "One line per activation that has exponent shifts; siblings that share it count once."
-    return title, caption, figure(bottom + 36, parts, title), LEGEND
+    return Figure(title, caption, drawing(bottom + 36, parts, title), LEGEND)
 
 
-def shift_shares(page: Page) -> Drawn | None:
+def shift_shares(page: Page) -> Figure | None:
     """Stacked shares of channels by their shift, per kind."""
     rows = _shifted(page)
     kinds = list(dict.fromkeys(row.kind for row in rows))
@@ -158,7 +157,7 @@ def shift_shares(page: Page) -> Drawn | None:
         "Channels by their integer exponent shift, from none (faint) to the largest (strong): the "
         "channel is divided by 2^shift before it is rounded."
     )
-    return title, caption, figure(bottom + 46, parts, title), ()
+    return Figure(title, caption, drawing(bottom + 46, parts, title))
 
 
 def _counts(rows: Sequence[Row]) -> dict[int, int]:

@@ -106,6 +106,26 @@ class Page:
         """Plain values for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Page:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ReportError: ``content`` is something else.
+        """
+        try:
+            parts = {
+                "rows": tuple(_row_from(row) for row in content["rows"]),
+                "curve": tuple(Point(**point) for point in content["curve"]),
+                "speed": tuple(_speed_from(speed) for speed in content["speed"]),
+            }
+            return cls(**{**content, **parts})
+        except (KeyError, TypeError) as error:
+            raise ReportError(
+                f"this is no report ({type(error).__name__} {error}); give what "
+                "fp4compile quantize or report --json wrote"
+            ) from error
+
     @property
     def kinds(self) -> list[str]:
         """In order of their first appearance."""
@@ -116,6 +136,27 @@ class Page:
 
     def median_error(self, kind: str) -> float:
         return median(row.error for row in self.of_kind(kind))
+
+
+def _row_from(content: Mapping[str, Any]) -> Row:
+    shape, channels = tuple(content["shape"]), content["channels"]
+    return Row(**{**content, "shape": shape, "channels": channels and _channels_from(channels)})
+
+
+def _channels_from(content: Mapping[str, Any]) -> Channels:
+    after = content["after"]
+    return Channels(
+        tuple(content["before"]),
+        None if after is None else tuple(after),
+        # JSON has no other keys than text.
+        {int(shift): count for shift, count in content["shifts"].items()},
+        content["channels"],
+    )
+
+
+def _speed_from(content: Mapping[str, Any]) -> Speed:
+    spreads = {name: Spread(**content[name]) for name in ("quantized", "baseline")}
+    return Speed(**{**content, **spreads})
 
 
 def page_of(source: Report | Recipe, benchmarks: Sequence[Benchmark] = ()) -> Page:
@@ -144,8 +185,17 @@ def page_of(source: Report | Recipe, benchmarks: Sequence[Benchmark] = ()) -> Pa
         rows,
         dict(said["skipped"]),
         sensitivity_curve(rows),
-        tuple(_speed(benchmark) for benchmark in benchmarks),
+        speeds(benchmarks),
     )
+
+
+def speeds(benchmarks: Sequence[Benchmark]) -> tuple[Speed, ...]:
+    """What the page shows of benchmarks.
+
+    Raises:
+        ReportError: one has no baseline.
+    """
+    return tuple(_speed(benchmark) for benchmark in benchmarks)
 
 
 def _speed(benchmark: Benchmark) -> Speed:

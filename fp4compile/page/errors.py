@@ -9,9 +9,10 @@ from statistics import median
 from fp4compile.page.content import Page, Row
 from fp4compile.page.svg import (
     WIDTH,
+    Figure,
     Scale,
     dot,
-    figure,
+    drawing,
     line,
     log_scale,
     percent,
@@ -23,10 +24,8 @@ from fp4compile.page.svg import (
 LEFT, RIGHT, TOP = 150, WIDTH - 20, 14
 ROW_HEIGHT = 30
 
-Drawn = tuple[str, str, str, Sequence[tuple[str, str]]]
 
-
-def error_parts(page: Page) -> Drawn | None:
+def error_parts(page: Page) -> Figure | None:
     """From min-max to what remains, and what of that weights and activations cause alone."""
     if not page.rows:
         return None
@@ -53,7 +52,7 @@ def error_parts(page: Page) -> Drawn | None:
         ("m-weight", "weights alone"),
         ("m-activation", "activations alone"),
     ]
-    return title, caption, figure(bottom + 46, parts, title), legend
+    return Figure(title, caption, drawing(bottom + 46, parts, title), legend)
 
 
 def _medians(rows: Sequence[Row]) -> tuple[float, float, float, float]:
@@ -84,7 +83,7 @@ def _dumbbell(kind: str, errors: tuple[float, float, float, float], scale: Scale
     return "".join([*parts, dot(scale(decided), y, "m-main", tip)])
 
 
-def error_map(page: Page) -> Drawn | None:
+def error_map(page: Page) -> Figure | None:
     """A square per weight: kinds down, layers across, stronger for more error."""
     rows = [row for row in page.rows if row.layer is not None]
     layers = sorted({row.layer for row in rows if row.layer is not None})
@@ -109,7 +108,7 @@ def error_map(page: Page) -> Drawn | None:
     worst = max(rows, key=lambda row: row.error)
     title = f"The worst weight is {worst.name.removesuffix('.weight')}: {percent(worst.error)}"
     caption = "Relative output error of every weight: the stronger the colour, the larger (log)."
-    return title, caption, figure(bottom + 46, parts, title), ()
+    return Figure(title, caption, drawing(bottom + 46, parts, title))
 
 
 def _shade(errors: Sequence[float]) -> _Shade:

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from fp4compile.page.channels import channel_ranges, shift_shares, spreads
 from fp4compile.page.content import Page
 from fp4compile.page.errors import error_map, error_parts
 from fp4compile.page.sensitivity import curve, ranking
 from fp4compile.page.speed import speedups
+from fp4compile.page.svg import Figure
 
-
-@dataclass(frozen=True)
-class Figure:
-    """``legend``: (class of the mark, what it means)."""
-
-    title: str
-    caption: str
-    svg: str
-    legend: Sequence[tuple[str, str]] = ()
-
-
-def figures(page: Page) -> list[Figure]:
-    """Those that the page has data for."""
-    drawn = (draw(page) for draw in FIGURES)
-    return [Figure(*made) for made in drawn if made is not None]
-
-
-# What a figure function returns: title, caption, svg, legend.
-Drawn = tuple[str, str, str, Sequence[tuple[str, str]]]
-FIGURES: tuple[Callable[[Page], Drawn | None], ...] = (
+FIGURES: tuple[Callable[[Page], Figure | None], ...] = (
     speedups,
     error_parts,
     error_map,
@@ -40,3 +21,9 @@ FIGURES: tuple[Callable[[Page], Drawn | None], ...] = (
     curve,
     ranking,
 )
+
+
+def figures(page: Page) -> list[Figure]:
+    """Those that the page has data for."""
+    drawn = (draw(page) for draw in FIGURES)
+    return [figure for figure in drawn if figure is not None]

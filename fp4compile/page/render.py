@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
+from statistics import median
 
 from jinja2 import Environment, StrictUndefined
 
@@ -33,13 +34,12 @@ def render(page: Page) -> str:
 
 
 def _facts(page: Page) -> list[tuple[str, str]]:
-    errors = sorted(row.error for row in page.rows if row.activation_format or row.error)
+    errors = [row.error for row in page.rows]
     folded = sum(row.shift_folded_into is not None for row in page.rows)
-    median = errors[len(errors) // 2] if errors else 0.0
     return [
         ("weights quantized", str(len(page.rows))),
         ("bits per weight", f"{page.bits_per_weight:.2f}"),
-        ("median error of a layer's output", percent(median)),
+        ("median error of a layer's output", percent(median(errors)) if errors else "none"),
         ("shifts folded for free", str(folded)),
         ("kept in high precision", str(len(page.skipped))),
         ("time", f"{page.seconds:.0f} s"),

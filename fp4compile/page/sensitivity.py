@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fp4compile.page.content import Page, Point
 from fp4compile.page.svg import (
     WIDTH,
+    Figure,
     Scale,
     dot,
-    figure,
+    drawing,
     number,
     path,
     percent,
@@ -22,10 +21,8 @@ from fp4compile.page.svg import (
 LEFT, RIGHT, TOP, BOTTOM = 64, WIDTH - 20, 34, 270
 LONGEST = 12
 
-Drawn = tuple[str, str, str, Sequence[tuple[str, str]]]
 
-
-def curve(page: Page) -> Drawn | None:
+def curve(page: Page) -> Figure | None:
     """Bits per weight against the error that is left as weights go back to 16 bits."""
     points = page.curve
     if len(points) < 3 or points[0].mean_error <= 0:
@@ -48,7 +45,7 @@ def curve(page: Page) -> Drawn | None:
         "whose error falls most per bit. To try a point, quantize again with ignore= naming its "
         "weights, and measure."
     )
-    return title, caption, figure(BOTTOM + 46, parts, title), ()
+    return Figure(title, caption, drawing(BOTTOM + 46, parts, title))
 
 
 def _tip(point: Point) -> str:
@@ -56,7 +53,7 @@ def _tip(point: Point) -> str:
     return f"{kept}: {point.bits:.2f} bits per weight, mean error {percent(point.mean_error)}"
 
 
-def ranking(page: Page) -> Drawn | None:
+def ranking(page: Page) -> Figure | None:
     """The weights with the largest errors as bars."""
     rows = sorted(page.rows, key=lambda row: row.error, reverse=True)[:LONGEST]
     if len(rows) < 2:
@@ -80,4 +77,4 @@ def ranking(page: Page) -> Drawn | None:
         "Ranked by the relative error of the layer's own output on calibration tokens; how much "
         "the model as a whole suffers from each is not measured here."
     )
-    return title, caption, figure(16 + height * len(rows), parts, title), ()
+    return Figure(title, caption, drawing(16 + height * len(rows), parts, title))

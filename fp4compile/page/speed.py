@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fp4compile.page.content import Page, Speed
-from fp4compile.page.svg import WIDTH, Scale, dot, figure, line, number, rect, text, x_axis
+from fp4compile.page.svg import WIDTH, Figure, Scale, dot, drawing, line, number, rect, text, x_axis
 
 LEFT, RIGHT, TOP, ROW_HEIGHT = 150, WIDTH - 60, 14, 34
 
-Drawn = tuple[str, str, str, Sequence[tuple[str, str]]]
 
-
-def speedups(page: Page) -> Drawn | None:
+def speedups(page: Page) -> Figure | None:
     """A dot per measured input: times as fast as the baseline, with the range of the runs."""
     if not page.speed:
         return None
@@ -30,7 +26,7 @@ def speedups(page: Page) -> Drawn | None:
         f"Median, and the range from the slowest to the fastest of both; {best.threads} threads. "
         f"At {best.label} most time goes to: {_shares(best)}."
     )
-    return title, caption, figure(bottom + 46, parts, title), ()
+    return Figure(title, caption, drawing(bottom + 46, parts, title))
 
 
 def _ratios(speed: Speed) -> tuple[float, float, float]:

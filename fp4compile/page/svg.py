@@ -59,7 +59,17 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round((first + index) * step, 10) for index in range(count)]
 
 
-def figure(height: float, parts: Iterable[str], label: str) -> str:
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its finding as title. ``legend``: (class of the mark, what it means)."""
+
+    title: str
+    caption: str
+    svg: str
+    legend: Sequence[tuple[str, str]] = ()
+
+
+def drawing(height: float, parts: Iterable[str], label: str) -> str:
     """The whole drawing; ``label`` is what a screen reader says."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
