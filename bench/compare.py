@@ -20,6 +20,11 @@ LESS_IS_BETTER = {
     "decode": False,
     "tokens_per_second": False,
     "acc,none": False,
+    # Of bench machine: rates.
+    "read_bandwidth": False,
+    "float32": False,
+    "bfloat16": False,
+    "int8": False,
 }
 SPREAD = frozenset({"median", "low", "high"})
 # Follow from what is measured, or say nothing about what was: no part of a row's identity.

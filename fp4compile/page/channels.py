@@ -19,6 +19,7 @@ from fp4compile.page.svg import (
     path,
     percent,
     rect,
+    rounded,
     text,
     x_axis,
     y_axis,
@@ -58,6 +59,10 @@ def _before(row: Row) -> float:
     return 0.0 if row.channels is None else octaves(row.channels.before)
 
 
+def _label(row: Row) -> str:
+    return row.kind if row.layer is None else f"{row.kind}, layer {row.layer}"
+
+
 def _after(row: Row) -> float:
     return octaves((row.channels and row.channels.after) or ())
 
@@ -77,9 +82,8 @@ def channel_ranges(page: Page) -> Figure | None:
     rows_of_panels = (len(chosen) + PANELS_ACROSS - 1) // PANELS_ACROSS
     first = chosen[0]
     title = (
-        f"The largest channel into {first.kind} (layer {first.layer}) is "
-        f"{2 ** _before(first):.2g} times the median one; after the shift "
-        f"{2 ** _after(first):.2g} times"
+        f"The largest channel into {_label(first)} is {rounded(2 ** _before(first))} times the "
+        f"median one; after the shift {rounded(2 ** _after(first))} times"
     )
     caption = (
         "Largest magnitude of every channel on the calibration tokens, channels in order of it. A "
@@ -105,7 +109,7 @@ def panel(row: Row, channels: Channels, left: float, top: float, width: float) -
     return "".join(
         [
             y_axis(ys, left, left + width, "max |x|", number),
-            text(left + width, top - 10, f"{row.kind}, layer {row.layer}", "label", "end"),
+            text(left + width, top - 10, _label(row), "label", "end"),
             rect(left, top, width, PANEL_HEIGHT, "hit", tip),
             path(before, "c-muted"),
             *(dot(x, y, "m-main", radius=1.6) for x, y in after),
@@ -144,7 +148,7 @@ def shift_shares(page: Page) -> Figure | None:
     if not kinds:
         return None
     totals = {kind: _counts([row for row in rows if row.kind == kind]) for kind in kinds}
-    most = max(shift for counts in totals.values() for shift in counts)
+    most = max(abs(shift) for counts in totals.values() for shift in counts)
     scale = Scale(0, 1, LEFT, RIGHT)
     bottom = TOP + 28 * len(kinds)
     parts = [x_axis(scale, TOP, bottom, "share of channels", percent)]
@@ -175,7 +179,7 @@ def _shares(kind: str, counts: dict[int, int], most: int, scale: Scale, y: float
     for shift, count in counts.items():
         x, end = scale(done / total), scale((done + count) / total)
         tip = f"{kind}: shift {shift} for {count} of {total} channels ({percent(count / total)})"
-        opacity = 0.12 + 0.88 * shift / max(most, 1)
+        opacity = 0.12 + 0.88 * abs(shift) / max(most, 1)
         parts.append(rect(x + 0.5, y + 3, end - x - 1, 22, "cell", tip, opacity))
         done += count
     return "".join(parts)

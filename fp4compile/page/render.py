@@ -25,6 +25,7 @@ def render(page: Page) -> str:
         page=page,
         figures=figures(page),
         facts=_facts(page),
+        granularity=_granularity(page),
         weight_formats=_counted(row.weight_format for row in page.rows),
         activation_formats=_counted(row.activation_format or "none" for row in page.rows),
         css=_file("page.css"),
@@ -44,6 +45,11 @@ def _facts(page: Page) -> list[tuple[str, str]]:
         ("kept in high precision", str(len(page.skipped))),
         ("time", f"{page.seconds:.0f} s"),
     ]
+
+
+def _granularity(page: Page) -> str:
+    """As decided: method "best" changes what the spec leaves open."""
+    return " or ".join(sorted({row.granularity for row in page.rows if row.granularity}))
 
 
 def _counted(names: Iterable[str]) -> str:

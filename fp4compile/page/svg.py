@@ -35,7 +35,7 @@ class Scale:
 def log_scale(values: Iterable[float], start: float, end: float) -> Scale:
     """From the tick below all positive ``values`` to the one above."""
     positive = [value for value in values if value > 0] or [1.0]
-    ticks = _log_ticks(min(positive) / 10, max(positive) * 10)
+    ticks = _rounds(min(positive) / 10, max(positive) * 10, (1, 2, 5))
     low = max(tick for tick in ticks if tick <= min(positive))
     high = min(tick for tick in ticks if tick > max(positive))
     return Scale(low, high, start, end, log=True)
@@ -43,10 +43,16 @@ def log_scale(values: Iterable[float], start: float, end: float) -> Scale:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2, 5 of every decade, or powers of ten where these would be many."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = (1, 2, 5) if last - first <= 4 else (1,)
-    stride = max(1, (last - first) // 6)
-    found = [f * 10.0**power for power in range(first, last + 1, stride) for f in steps]
+    decades = math.log10(high / low)
+    return _rounds(low, high, (1, 2, 5)) if decades < 4 else _rounds(low, high, (1,), decades // 6)
+
+
+def _rounds(low: float, high: float, steps: tuple[int, ...], stride: float = 1) -> list[float]:
+    """``steps`` times powers of ten within the range, every ``stride``-th power."""
+    powers = range(
+        math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1, max(1, int(stride))
+    )
+    found = [step * 10.0**power for power in powers for step in steps]
     return [tick for tick in found if low <= tick * (1 + 1e-9) and tick <= high * (1 + 1e-9)]
 
 
@@ -141,4 +147,10 @@ def percent(value: float) -> str:
 
 
 def number(value: float) -> str:
-    return f"{value:,.4g}"
+    """Without an exponent, as labels of axes need it."""
+    return f"{value:,.10g}"
+
+
+def rounded(value: float) -> str:
+    """To two significant digits, without an exponent."""
+    return number(float(f"{value:.2g}"))
