@@ -32,11 +32,8 @@ def fp4compile_backend(
     ``torch_dynamo_backends``, so the name works without importing fp4compile.
     """
     load_lowerings()
-    # What torch.compile(backend="inductor") builds itself; the registered backend takes no options.
-    inductor = torch._TorchCompileInductorWrapper(
-        options.get("mode"), options.get("options"), options.get("dynamic")
-    )
-    compiled: Callable[..., Any] = inductor(module, list(example_inputs))
+    inductor = torch._dynamo.lookup_backend("inductor")
+    compiled: Callable[..., Any] = inductor(module, list(example_inputs), **options)
     return compiled
 
 

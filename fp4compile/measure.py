@@ -6,7 +6,6 @@ import copy
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from fp4compile.batches import Batch, as_batches
-from fp4compile.compile import fp4compile_backend, load_lowerings
+from fp4compile.compile import load_lowerings
 from fp4compile.errors import EvaluationError
 from fp4compile.evaluate import Spread
 from fp4compile.numerics import power_of_two
 from fp4compile.tensor import FP4Tensor
+from fp4compile.timing import Benchmark, Measured, OpTime
 
 # Kind of work -> the names that kernels and ops of it have in a profile; the first match counts.
 KINDS: dict[str, re.Pattern[str]] = {
@@ -32,98 +32,6 @@ KINDS: dict[str, re.Pattern[str]] = {
     "other ops": re.compile(r"^(aten|fp4|prims)::"),
 }
 RUNTIME = "runtime"  # Python, guards, allocation: what is in no kernel
-
-
-@dataclass(frozen=True)
-class OpTime:
-    """One kernel or op, all its calls in one forward together; ``seconds`` per forward."""
-
-    name: str
-    kind: str
-    calls: float
-    seconds: float
-    share: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Seconds of one forward, and the parts of it by falling time, outside of kernels included."""
-
-    seconds: Spread
-    ops: tuple[OpTime, ...]
-
-    @property
-    def kinds(self) -> dict[str, float]:
-        """Share of the time by kind of work, the largest first."""
-        found: dict[str, float] = {}
-        for op in self.ops:
-            found[op.kind] = found.get(op.kind, 0.0) + op.share
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A quantized model beside the same in high precision (``baseline``, None: not measured).
-
-    ``inputs``: shapes of the forward's tensors by name.
-    """
-
-    inputs: Mapping[str, tuple[int, ...]]
-    threads: int
-    repetitions: int
-    quantized: Measured
-    baseline: Measured | None
-    baseline_dtype: str | None
-
-    @property
-    def speedup(self) -> float | None:
-        """Median time of the baseline over that of the quantized model."""
-        if self.baseline is None:
-            return None
-        return self.baseline.seconds.median / self.quantized.seconds.median
-
-    @property
-    def dominating(self) -> OpTime:
-        """The op that takes the most time."""
-        return self.quantized.ops[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "speedup": self.speedup}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Benchmark:
-        """What :meth:`to_dict` made; other keys are left.
-
-        Raises:
-            EvaluationError: ``content`` is no benchmark.
-        """
-        try:
-            baseline = content["baseline"]
-            return cls(
-                {name: tuple(shape) for name, shape in content["inputs"].items()},
-                content["threads"],
-                content["repetitions"],
-                _measured_from(content["quantized"]),
-                None if baseline is None else _measured_from(baseline),
-                content["baseline_dtype"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise EvaluationError(
-                f"this is no benchmark ({type(error).__name__} {error}); give what "
-                "fp4compile bench --json wrote"
-            ) from error
-
-    def summary(self) -> str:
-        """A few lines: the times, the kinds of work, the op that dominates."""
-        lines = [f"quantized: {_milliseconds(self.quantized.seconds)}"]
-        if self.baseline is not None and self.speedup is not None:
-            lines.append(f"{self.baseline_dtype}: {_milliseconds(self.baseline.seconds)}")
-            lines.append(f"speedup: {self.speedup:.2f}")
-        lines += [f"  {share:5.1%} {kind}" for kind, share in self.quantized.kinds.items()]
-        top = self.dominating
-        lines.append(f"most time: {top.name}, {top.calls:.0f} calls, {top.share:.1%}")
-        return "\n".join(lines)
 
 
 def benchmark(
@@ -218,7 +126,7 @@ def _compiled(model: nn.Module, args: Any, kwargs: Any) -> Callable[[], object]:
     # The forward, not the module: that may be compiled already.
     forward = torch.compile(
         model.forward,
-        backend=fp4compile_backend,
+        backend="inductor",  # has the lowerings by now
         dynamic=True,
         options={"cpp.enable_kernel_profile": True},
     )
@@ -278,13 +186,3 @@ def kind_of(name: str) -> str:
 def _shapes(model: nn.Module, args: Any, kwargs: Any) -> dict[str, tuple[int, ...]]:
     named = {**{f"argument {index}": value for index, value in enumerate(args)}, **kwargs}
     return {name: tuple(x.shape) for name, x in named.items() if isinstance(x, Tensor)}
-
-
-def _measured_from(content: Mapping[str, Any]) -> Measured:
-    ops = tuple(OpTime(**op) for op in content["ops"])
-    return Measured(Spread(**content["seconds"]), ops)
-
-
-def _milliseconds(spread: Spread) -> str:
-    low, high = 1e3 * spread.low, 1e3 * spread.high
-    return f"{1e3 * spread.median:.2f} ms ({low:.2f} to {high:.2f})"

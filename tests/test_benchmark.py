@@ -14,8 +14,9 @@ from torch._dynamo.utils import counters
 
 import fp4compile
 from fp4compile.errors import EvaluationError, Fp4CompileError, ReportError
-from fp4compile.measure import RUNTIME, Benchmark, dequantized_copy, kind_of
+from fp4compile.measure import RUNTIME, dequantized_copy, kind_of
 from fp4compile.page import write_page
+from fp4compile.timing import Benchmark
 
 
 class Block(nn.Module):

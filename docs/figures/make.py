@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from fp4compile.formats import FORMATS
+from fp4compile.page.build import page_of
 from fp4compile.page.channels import panel
-from fp4compile.page.content import page_of
 from fp4compile.page.svg import WIDTH, Scale, dot, drawing, line, text
 from fp4compile.recipe import Recipe
 

@@ -15,7 +15,7 @@ from fp4compile.commands.loading import load
 from fp4compile.commands.options import Dtype, JsonPath, Model, Preset, dtype_of, spec_of
 from fp4compile.commands.output import emit, table, working
 from fp4compile.environment import describe_machine
-from fp4compile.measure import Benchmark, Measured
+from fp4compile.timing import Benchmark, Measured
 
 EXAMPLES = """
 [bold]Examples[/]

@@ -12,9 +12,9 @@ from fp4compile.commands.loading import REPORT_FILE, saved_report
 from fp4compile.commands.options import JsonPath
 from fp4compile.commands.output import emit
 from fp4compile.errors import ReportError
-from fp4compile.measure import Benchmark
 from fp4compile.page import write_page
 from fp4compile.recipe import Recipe
+from fp4compile.timing import Benchmark
 
 EXAMPLES = """
 [bold]Examples[/]

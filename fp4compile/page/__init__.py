@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from fp4compile.errors import ReportError
-from fp4compile.measure import Benchmark
-from fp4compile.page.content import Page, page_of, speeds
+from fp4compile.page.build import page_of, speeds
+from fp4compile.page.content import Page
 from fp4compile.page.render import render
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report
+from fp4compile.timing import Benchmark
 
 
 def write_page(
