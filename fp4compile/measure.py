@@ -69,7 +69,7 @@ def benchmark(
         seconds = _take_turns(calls, repetitions)
         found = {name: _measured(call, seconds[name], repetitions) for name, call in calls.items()}
     return Benchmark(
-        _shapes(model, args, kwargs),
+        _shapes(args, kwargs),
         torch.get_num_threads(),
         repetitions,
         found["quantized"],
@@ -183,6 +183,6 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if pattern.search(name)), RUNTIME)
 
 
-def _shapes(model: nn.Module, args: Any, kwargs: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(args: Any, kwargs: Any) -> dict[str, tuple[int, ...]]:
     named = {**{f"argument {index}": value for index, value in enumerate(args)}, **kwargs}
     return {name: tuple(x.shape) for name, x in named.items() if isinstance(x, Tensor)}
