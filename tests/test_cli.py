@@ -14,10 +14,14 @@ import torch
 from models import byte_tokenizer, tiny_llama
 from torch import nn
 
+import fp4compile
 from fp4compile import checkup, cli, tasks
 from fp4compile.commands import demo
 from fp4compile.environment import describe_machine
 from fp4compile.errors import CompileError, MissingDependencyError
+from fp4compile.evaluate import Spread
+from fp4compile.tensor import FP4Tensor
+from fp4compile.timing import Benchmark, Measured, OpTime
 
 Command = Callable[..., int]
 
@@ -114,6 +118,28 @@ def test_inspect_tells_what_is_stored_what_is_found_and_what_a_recipe_says(
     assert "model.layers.0.mlp.up_proj.weight" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("source", ["plain", "quantized"])
+def test_bench_measures_what_was_asked_on_a_quantized_model(
+    source: str, command: Command, request: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The measuring itself compiles, and is tested in test_benchmark.py."""
+
+    def measured(model: nn.Module, inputs: Any, **options: Any) -> Benchmark:
+        assert any(isinstance(parameter, FP4Tensor) for parameter in model.parameters())
+        assert options == {"baseline": torch.float32, "repetitions": 2}
+        part = Measured(Spread(1.0, 1.0, 1.0), (OpTime("gemm", "FP4 GEMM", 1, 1.0, 1.0),))
+        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+        return Benchmark(shapes, 1, 2, part, part, "float32")
+
+    monkeypatch.setattr(fp4compile, "benchmark", measured)
+    options = ("--batch", 3, "--tokens", 5, "--baseline", "float32", "--repetitions", 2)
+    assert command("bench", request.getfixturevalue(source), *options, "--json", "-") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["inputs"] == {"input_ids": [3, 5]}
+    assert result["machine"]["cpu"]
+    assert Benchmark.from_dict(result).speedup == 1
+
+
 def test_chat_answers_until_the_questions_end(
     command: Command, quantized: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +228,28 @@ def test_doctor_ends_with_3_where_something_is_broken(
     monkeypatch.setattr(checkup, "load_lowerings", fails)
     assert command("doctor") == 3
     assert "install torch >= 2.12" in capsys.readouterr().out
+
+
+def _fails(model: nn.Module) -> nn.Module:
+    raise RuntimeError("g++ was killed\nand more")
+
+
+@pytest.mark.parametrize(
+    ("compiled", "verdict", "said"),
+    [
+        (lambda model: model, checkup.OK, "bit for bit"),
+        (lambda model: lambda x: model(x) + 1, checkup.BROKEN, "results differ"),
+        (_fails, checkup.BROKEN, "RuntimeError: g++ was killed;"),
+    ],
+    ids=["works", "wrong", "fails"],
+)
+def test_the_probe_compares_a_compiled_layer_with_eager(
+    compiled: Any, verdict: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkup, "compile_model", compiled)
+    probe = checkup.examine(probe=True)[-1]
+    assert probe.verdict == verdict
+    assert said in probe.found + probe.fix
 
 
 def test_a_forced_target_declines_all_others(command: Command, capsys: Any) -> None:
