@@ -17,6 +17,7 @@ from fp4compile.commands.loading import load, saved_report
 from fp4compile.commands.options import JsonPath, Model
 from fp4compile.commands.output import emit, table
 from fp4compile.evaluate import model_size
+from fp4compile.names import kinds
 from fp4compile.recipe import Recipe
 from fp4compile.tensor import FP4Tensor
 from fp4compile.trace import Graph, trace
@@ -44,12 +45,6 @@ class SiteRow:
     granularity: str
     bits_per_weight: float | None
     error: float | None
-
-    @property
-    def kind(self) -> str:
-        """What weights of the same role in other layers have in common."""
-        *_, owner, _attribute = ("", *self.name.split("."))
-        return owner or self.name
 
 
 def command(
@@ -158,8 +153,9 @@ def _by_site(rows: Sequence[SiteRow]) -> Any:
 
 def _by_kind(rows: Sequence[SiteRow]) -> Any:
     made = table("kind", "weights>", "format", "activation", "scale per", "bits>", "median error>")
-    for kind in dict.fromkeys(row.kind for row in rows):
-        same = [row for row in rows if row.kind == kind]
+    kind_of = kinds(row.name for row in rows)
+    for kind in dict.fromkeys(kind_of.values()):
+        same = [row for row in rows if kind_of[row.name] == kind]
         made.add_row(kind, str(len(same)), *_formats(same), *_numbers(same))
     return made
 

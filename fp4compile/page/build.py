@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.errors import ReportError
+from fp4compile.names import kinds, layer_of
 from fp4compile.page.content import Channels, Page, Row, Speed, sensitivity_curve
 from fp4compile.qparams import SiteQParams
 from fp4compile.recipe import Recipe
@@ -34,9 +34,11 @@ def page_of(source: Report | Recipe, benchmarks: Sequence[Benchmark] = ()) -> Pa
             "the recipe has no report: an older version of fp4compile made it; quantize again, "
             "with recipe= to keep its decisions"
         )
+    kind_of = kinds(site["name"] for site in said["sites"])
     kernels = said["kernels"]
     rows = tuple(
-        _row(site, recipe.sites[site["name"]], kernels.get(site["name"])) for site in said["sites"]
+        _row(site, kind_of[site["name"]], recipe.sites[site["name"]], kernels.get(site["name"]))
+        for site in said["sites"]
     )
     return Page(
         said["model"],
@@ -77,14 +79,12 @@ def _speed(benchmark: Benchmark) -> Speed:
     )
 
 
-def _row(said: Mapping[str, Any], decision: SiteQParams, kernel: Any) -> Row:
+def _row(said: Mapping[str, Any], kind: str, decision: SiteQParams, kernel: Any) -> Row:
     diagnosis = decision.diagnosis
-    number = re.search(r"\.(\d+)\.", said["name"])
-    owner = said["name"].split(".")[-2:][0]
     return Row(
         said["name"],
-        owner,
-        int(number[1]) if number else None,
+        kind,
+        layer_of(said["name"]),
         (said["shape"][0], said["shape"][1]),
         said["weight_format"],
         said["activation_format"],

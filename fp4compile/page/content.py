@@ -28,8 +28,8 @@ class Channels:
 
 @dataclass(frozen=True)
 class Row:
-    """One quantized weight. ``kind`` is what its counterparts in other layers have in common,
-    ``layer`` the first number in its name. Errors are relative output errors.
+    """One quantized weight; ``kind`` and ``layer`` as ``names.py`` tells them. Errors are relative
+    output errors.
     """
 
     name: str
