@@ -10,7 +10,7 @@ from torch import Tensor
 from fp4compile.numerics import power_of_two
 from fp4compile.operand import transformed
 from fp4compile.qparams import Diagnosis, SiteQParams
-from fp4compile.search.candidates import apply_activation
+from fp4compile.search.candidates import apply_activation, clipping_errors
 from fp4compile.search.problem import GroupProblem
 from fp4compile.search.tokens import TINY, Tokens, weighted_tokens
 from fp4compile.weights import dequantized, for_activation, row_parts
@@ -39,6 +39,7 @@ def _parts(weight: Tensor, site: SiteQParams, tokens: Tokens) -> tuple[float, fl
     """Relative output error of the weight ``[N, K]`` alone, and of the activation alone."""
     x = tokens.scaled(tokens.x)
     exact, rounded = _operands(site, tokens)
+    unseen = clipping_errors(tokens, site.activation) * len(x)
     power = of_weight = of_activation = 0.0
     for rows, qparams in row_parts(weight, site.weight):
         y = x @ rows.t()
@@ -46,6 +47,7 @@ def _parts(weight: Tensor, site: SiteQParams, tokens: Tokens) -> tuple[float, fl
         power += float(y.square().sum())
         of_weight += float((exact @ dequantized(working, qparams).t() - y).square().sum())
         of_activation += float((rounded @ working.t() - y).square().sum())
+        of_activation += float(unseen @ working.square().sum(dim=0))
     return of_weight / max(power, TINY), of_activation / max(power, TINY)
 
 
