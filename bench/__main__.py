@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from bench import accuracy as accuracy_bench
@@ -15,6 +16,9 @@ from bench import digits as digits_bench
 from bench import families as families_bench
 from bench import gemm as gemm_bench
 from bench import sts as sts_bench
+from bench.compare import DEFAULT_NOISE
+from bench.compare import compare as compare_files
+from bench.machine import measure_machine
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -145,6 +149,49 @@ def _append(path: Path | None, result: Any) -> None:
     if path is not None:
         with path.open("a") as lines:
             lines.write(json.dumps(asdict(result)) + "\n")
+
+
+def machine(
+    threads: Annotated[int, typer.Option(help="Threads.")] = torch.get_num_threads(),
+    json_path: Annotated[Path | None, typer.Option("--json", help="Append a JSON line.")] = None,
+) -> None:
+    """Describe this machine and measure its bandwidth and peaks: what results stand beside."""
+    found = measure_machine(threads)
+    described = found.machine
+    typer.echo(f"{described.cpu}, {threads} threads, {', '.join(described.cpu_features)}")
+    typer.echo(f"reads {found.read_bandwidth.median / 1e9:.1f} GB/s")
+    for name, rate in found.peaks.items():
+        typer.echo(f"GEMM in {name:<9}{rate.median / 1e9:9.1f} GOPS")
+    if json_path is not None:
+        with json_path.open("a") as lines:
+            lines.write(json.dumps(found.to_json()) + "\n")
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="JSON lines of an earlier run.")],
+    after: Annotated[Path, typer.Argument(help="JSON lines of the same benchmark, later.")],
+    noise: Annotated[
+        float, typer.Option(min=0, help="Change of a median that does not count.")
+    ] = DEFAULT_NOISE,
+) -> None:
+    """What became worse or better beyond noise; exit code 1 if anything became worse."""
+    try:
+        found = compare_files(before, after, noise)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    for change in found.changes:
+        if change.verdict != "same":
+            typer.echo(
+                f"{change.verdict}: {change.row}: {change.metric} {change.before.median:.4g} -> "
+                f"{change.after.median:.4g} ({change.ratio:.2f} times as bad)"
+            )
+    only = len(found.only_before), len(found.only_after)
+    typer.echo(
+        f"{len(found.changes)} measurements in both, {len(found.regressions)} worse; "
+        f"rows only in the first: {only[0]}, only in the second: {only[1]}"
+    )
+    raise typer.Exit(1 if found.regressions else 0)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fp4compile import integrations
 from fp4compile.batches import as_batches, example_call, only_example
 from fp4compile.compile import compile_model, load_lowerings, uncompiled
+from fp4compile.coverage import verify
 from fp4compile.errors import AlreadyQuantizedError, NonFiniteError
+from fp4compile.page import check_writable, write_page
 from fp4compile.passes import PASSES
 from fp4compile.passes.plan import Rewrite, commit
 from fp4compile.pipeline import decide
@@ -47,6 +50,7 @@ def quantize(
     max_memory: int | str | None = None,
     calibration_dir: str | Path | None = None,
     process_group: Any = None,
+    report: str | Path | None = None,
 ) -> nn.Module:
     """Quantize ``model`` in place to FP4 weights and activations, without training.
 
@@ -78,6 +82,8 @@ def quantize(
             the same directory goes on after an interruption, with the same result.
         process_group: the processes that calibrate together, each called with the same
             arguments; None: all, where torch.distributed is initialised.
+        report: an .html file to write the report to: one self-contained page with what was
+            decided, why, and where the error is.
 
     Returns:
         ``model`` itself, in eval mode, its parameters frozen. ``model.fp4_report`` tells what
@@ -90,14 +96,16 @@ def quantize(
     spec = as_spec(spec)
     by_method(method)
     wrapper, model = model, uncompiled(model)
+    if report is not None:
+        check_writable(report)
     _check_model(model)
     with _evaluating(model), torch.no_grad():
         if recipe is None:
             batches = as_batches(calib_data, model, tokenizer)
         else:
             batches = [only_example(calib_data, model, tokenizer)]
-        graph = trace(model, *example_call(batches[0]))
-        graph = with_overrides(graph, model, overrides or {})
+        example = example_call(batches[0])
+        graph = with_overrides(trace(model, *example), model, overrides or {})
         sites, left_out = select(graph, model, targets, ignore)
         sites, embeddings = without_embeddings(sites, spec)
         graph = replace(graph, sites=sites, skipped={**graph.skipped, **left_out, **embeddings})
@@ -120,23 +128,40 @@ def quantize(
         rewrite = Rewrite(model, graph, decided)
         for rewrite_pass in PASSES:
             rewrite = rewrite_pass(rewrite)
+    made: Report = make_report(rewrite, spec, method, time.monotonic() - started)
+    if report is not None:
+        write_page(made, report)  # before the model changes: it may fail
     commit(rewrite)
-    report: Report = make_report(rewrite, spec, method, time.monotonic() - started)
-    model.fp4_report = report  # type: ignore[assignment]  # a plain attribute, not a parameter
-    logger.info("%s", report.summary())
+    model.fp4_report = replace(made, example=example)  # type: ignore[assignment]  # a plain attribute, not a parameter
+    integrations.attach(model)
+    logger.info("%s", made.summary())
     return wrapper
 
 
 def quantize_and_compile(
-    model: nn.Module, calib_data: Any = None, spec: str | QuantSpec = "w4a4", **options: Any
+    model: nn.Module,
+    calib_data: Any = None,
+    spec: str | QuantSpec = "w4a4",
+    *,
+    report: str | Path | None = None,
+    **options: Any,
 ) -> nn.Module:
     """:func:`quantize`, then compile the model's forward with Inductor.
 
-    All arguments are those of :func:`quantize`. The first call of each kind compiles; forward
-    and ``generate`` then run compiled, prefill and decode alike.
+    All arguments are those of :func:`quantize`. The first call of each kind compiles (one is made
+    here, for :func:`verify`, whose summary is logged); forward and ``generate`` then run compiled,
+    prefill and decode alike.
     """
     load_lowerings()  # what cannot compile here shall fail before minutes of calibration
-    return compile_model(quantize(model, calib_data, spec, **options))
+    if report is not None:
+        check_writable(report)
+    compiled = compile_model(quantize(model, calib_data, spec, **options))
+    if report is not None:
+        made: Any = uncompiled(compiled).fp4_report  # names the kernels now
+        write_page(made, report)
+    if uncompiled(compiled) is compiled:  # what torch.compile returned has the caller's backend
+        logger.info("%s", verify(compiled).summary())
+    return compiled
 
 
 def _check_model(model: nn.Module) -> None:

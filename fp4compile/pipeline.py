@@ -23,6 +23,7 @@ from fp4compile.progress import Progress
 from fp4compile.qparams import QuantSpec, SiteQParams, Statistics
 from fp4compile.search import GroupProblem, SearchMethod, SearchOptions, by_method
 from fp4compile.search.candidates import minmax_weight
+from fp4compile.search.diagnosis import diagnosed
 from fp4compile.search.experts import search_experts
 from fp4compile.trace import Graph, Group, Site
 from fp4compile.weight_uses import WeightUse
@@ -196,7 +197,7 @@ def _decide_group(
     )
     if group.offsets is not None:
         return search_experts(run.method, problem)
-    return dict(run.method.search_group(problem))
+    return diagnosed(problem, run.method.search_group(problem))
 
 
 def _decide_lookups_first(run: _Run) -> dict[str, SiteQParams]:

@@ -190,6 +190,18 @@ class ActivationQParams:
 
 
 @dataclass(frozen=True)
+class Diagnosis:
+    """What a report shows of a decision and nothing computes with: ``channel_absmax`` float32
+    ``[K]`` of the site's input, and relative output errors with only the weight and only the
+    activation quantized.
+    """
+
+    channel_absmax: Tensor
+    weight_error: float
+    activation_error: float
+
+
+@dataclass(frozen=True)
 class SiteQParams:
     """The decision for one site, with its relative output error (mean squared error of the
     layer output over its mean square, on calibration tokens) beside that of min-max; ``unreached``
@@ -201,3 +213,4 @@ class SiteQParams:
     error: float
     minmax_error: float
     unreached: tuple[int, ...] = ()
+    diagnosis: Diagnosis | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from statistics import median
 from typing import Any
 
+from fp4compile.batches import Batch
 from fp4compile.kernels import KernelChoice
 from fp4compile.passes.plan import Rewrite
 from fp4compile.qparams import QuantSpec
@@ -41,11 +42,13 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """``sites`` that are FP4 now; ``skipped`` parameters of two or more dimensions, each with
-    its reason; ``recipe`` repeats the run; ``kernels`` (after compiling) names the kernel of every
-    site that is multiplied with.
+    """``model`` is the model's class. ``sites`` that are FP4 now; ``skipped`` parameters of two or
+    more dimensions, each with its reason; ``recipe`` repeats the run; ``kernels`` (after compiling)
+    names the kernel of every site that is multiplied with; ``example``: the call that the model was
+    traced with.
     """
 
+    model: str
     spec: QuantSpec
     method: str
     sites: tuple[SiteReport, ...]
@@ -53,6 +56,7 @@ class Report:
     seconds: float
     recipe: Recipe
     kernels: Mapping[str, KernelChoice] = field(default_factory=dict)
+    example: Batch | None = field(default=None, repr=False)
 
     @property
     def bits_per_weight(self) -> float:
@@ -81,8 +85,9 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the recipe, as plain values."""
+        """Everything but the recipe and the example, as plain values."""
         return {
+            "model": self.model,
             "spec": asdict(self.spec),
             "method": self.method,
             "seconds": self.seconds,
@@ -99,7 +104,7 @@ def _some(numbers: tuple[int, ...]) -> str:
 
 
 def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) -> Report:
-    """The report of a committed rewrite."""
+    """The report of a finished rewrite."""
     producer = {site: name for name, sites in rewrite.folded.items() for site in sites}
     sites = tuple(
         _site_report(rewrite, site, producer.get(site.name))
@@ -112,7 +117,9 @@ def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) 
         if site.name not in rewrite.qparams
     }
     skipped = {**rewrite.graph.skipped, **undecided}
-    return Report(spec, method, sites, skipped, seconds, Recipe(rewrite.qparams, skipped))
+    recipe = Recipe(rewrite.qparams, skipped)
+    report = Report(type(rewrite.model).__name__, spec, method, sites, skipped, seconds, recipe)
+    return replace(report, recipe=replace(recipe, report=report.to_dict()))
 
 
 def _site_report(rewrite: Rewrite, site: Site, producer: str | None) -> SiteReport:

@@ -112,7 +112,7 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> G
     """
     callee = naming_keywords(model, kwargs)
     call = inspect.signature(callee.forward).bind(*args, **kwargs).arguments
-    shapes = pytree.tree_map(_dynamic_shape, dict(call))
+    shapes = pytree.tree_map(dynamic_shape, dict(call))
     try:
         with torch.no_grad():
             exported = torch.export.export(
@@ -131,7 +131,7 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> G
     return Graph(module, exported.call_spec.in_spec, sites, skipped)
 
 
-def _dynamic_shape(value: Any) -> Any:
+def dynamic_shape(value: Any) -> Any:
     """Batch and sequence are dynamic; for images and features of 4 or more dims only the batch."""
     if not isinstance(value, Tensor):
         return None
