@@ -65,6 +65,17 @@ def test_a_family_compiles_without_graph_breaks(name):
     assert set(report.kernels) == {site.name for site in report.sites if site.bias is not None}
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "ViT", "Mixtral"])
+def test_transposed_weights_patches_and_experts_are_saved_and_loaded(name, tmp_path):
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    model = family.build().eval()
+    fp4compile.quantize(model, [family.batch(1)], method="minmax", progress=False)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert relative_error(again, model, family.batch(3)) == 0
+
+
 def test_a_model_under_torch_compile_stays_so_and_has_the_report():
     family = FAMILIES["under torch.compile"]
     model = family.build().eval()

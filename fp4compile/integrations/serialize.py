@@ -7,6 +7,7 @@ goes into the config, once per group of weights that agree in it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -90,8 +91,8 @@ def restored(
     Raises:
         CheckpointError: parts are missing, or do not have the shape that the model needs.
     """
-    transposed = attributes["transposed"]
-    rows, reduction = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    patch = tuple(attributes.get("patch", ()))  # JSON has no tuples
+    *stack, rows, reduction = _rows_and_reduction(shape, attributes["transposed"], patch)
     needed = {"packed_weight", "weight_scale"} | (
         {"activation_scale"} if attributes["activation_format"] else set()
     )
@@ -99,7 +100,7 @@ def restored(
     if missing:
         raise CheckpointError(f"the checkpoint has no {', '.join(missing)} of the weight {name}")
     bits = alternatives(attributes["weight_format"])[0].bits
-    expected = (rows, packed_size(reduction, bits))
+    expected = (*stack, rows, packed_size(reduction, bits))
     found = tuple(parts["packed_weight"].shape)
     if found != expected:
         raise CheckpointError(
@@ -107,7 +108,17 @@ def restored(
             f"{attributes['weight_format']} needs {expected}; it belongs to another model"
         )
     tensors: dict[str, Any] = dict(parts)
-    return FP4Tensor(**tensors, **attributes, reduction=reduction, dtype=dtype)
+    return FP4Tensor(**tensors, **{**attributes, "patch": patch}, reduction=reduction, dtype=dtype)
+
+
+def _rows_and_reduction(
+    shape: Sequence[int], transposed: bool, patch: tuple[int, ...]
+) -> tuple[int, ...]:
+    """``(N, K)`` of a parameter of ``shape``; ``(E, N, K)`` of a stack of experts."""
+    if patch:
+        return shape[0], prod(shape[1:])
+    *stack, first, last = shape
+    return (*stack, last, first) if transposed else (*stack, first, last)
 
 
 def bits_per_parameter(model: nn.Module) -> float:
@@ -128,7 +139,7 @@ def bits_per_parameter(model: nn.Module) -> float:
 
 def _checked_bytes(name: str, weight: FP4Tensor) -> int:
     bits = alternatives(weight.weight_format)[0].bits
-    codes = weight.packed_weight.shape[0] * packed_size(weight.reduction, bits)
+    codes = prod(weight.packed_weight.shape[:-1]) * packed_size(weight.reduction, bits)
     if weight.packed_weight.nbytes != codes:
         raise CheckpointError(
             f"the codes of {name} take {weight.packed_weight.nbytes} bytes, {weight.weight_format} "
