@@ -41,8 +41,16 @@ def test_a_family_is_quantized_and_runs(name):
 
 @pytest.mark.parametrize(
     ("name", "folds"),
-    # Both LayerNorms stand before residuals in BERT: only values fold, into the output projection.
-    [("BERT", 1), ("GPT-2", 4), ("Phi-3", 4)],
+    [
+        # Both LayerNorms of BERT stand before residuals: only values fold.
+        ("BERT", 1),
+        # All but the embeddings and what follows GELU.
+        ("GPT-2", 4),
+        # All but the embedding.
+        ("Llama", 8),
+        ("Gemma 2", 7),
+        ("Mixtral", 5),
+    ],
 )
 def test_folds_reach_through_attention_and_fused_projections(name, folds):
     assert count_folds(name) == folds
