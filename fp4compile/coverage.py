@@ -108,6 +108,10 @@ class Recorder:
     __hash__ = object.__hash__
     __eq__ = object.__eq__
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        """A copied model is not compiled yet: nothing is recorded of it."""
+        return Recorder(self.compile, self.lowering)
+
     def __call__(
         self, module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
     ) -> Callable[..., Any]:

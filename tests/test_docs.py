@@ -88,6 +88,7 @@ def namespace(language_model: nn.Module, folder: Path) -> dict[str, Any]:
     return {
         "fp4compile": fp4compile,
         "torch": torch,
+        "nn": nn,
         "name": str(folder),
         "model": copy.deepcopy(language_model),
         "other": copy.deepcopy(language_model),

@@ -18,7 +18,6 @@ from fp4compile.tensor import FP4Tensor
 
 DEMO = "demo"
 REPORT_FILE = "fp4_report.json"
-STATE_FILE = "fp4_state.pt"
 # No name on the hub starts so.
 PATH_STARTS = (".", "/", "~")
 _CHOICES = (
@@ -91,11 +90,7 @@ def _load_pretrained(name: str, dtype: torch.dtype | str) -> Loaded:
         config = transformers.AutoConfig.from_pretrained(name)
         # The class that was saved: an Auto class would have to know the task.
         kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        state = Path(name) / STATE_FILE
-        if state.is_file():
-            model = _from_state(kind(config), state)
-        else:
-            model = kind.from_pretrained(name, dtype=dtype).eval()
+        model = kind.from_pretrained(name, dtype=dtype).eval()
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"cannot load {name!r}: {error}\n{_CHOICES}") from error
     return Loaded(model, *_tokenizer(name))
@@ -113,19 +108,8 @@ def _tokenizer(name: str) -> tuple[Any, str]:
 def save(loaded: Loaded, folder: Path) -> None:
     """Write the quantized model, its tokenizer and what its report says; ``load`` reads it back."""
     with working(f"saving to {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if hasattr(loaded.model, "hf_quantizer"):
-            loaded.model.save_pretrained(folder)
-        else:
-            loaded.model.config.save_pretrained(folder)
-            torch.save(loaded.model.state_dict(), folder / STATE_FILE)
+        loaded.model.save_pretrained(folder)
         page = page_of(loaded.model.fp4_report)
         (folder / REPORT_FILE).write_text(json.dumps(page.to_dict()), encoding="utf-8")
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(folder)
-
-
-def _from_state(model: Any, state: Path) -> Any:
-    model.load_state_dict(torch.load(state, weights_only=True), assign=True)
-    model.tie_weights()
-    return model.eval()

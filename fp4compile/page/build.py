@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -85,13 +86,13 @@ def _row(said: Mapping[str, Any], kind: str, decision: SiteQParams, kernel: Any)
         said["name"],
         kind,
         layer_of(said["name"]),
-        (said["shape"][0], said["shape"][1]),
+        tuple(said["shape"]),
         said["weight_format"],
         said["activation_format"],
         said["granularity"],
         said["rotation"],
         said["shift_folded_into"],
-        8 * said["bytes"] / (said["shape"][0] * said["shape"][1]),
+        8 * said["bytes"] / prod(said["shape"]),
         said["error"],
         said["minmax_error"],
         None if diagnosis is None else diagnosis.weight_error,

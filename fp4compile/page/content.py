@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from statistics import median
 from typing import Any
 
@@ -35,7 +36,7 @@ class Row:
     name: str
     kind: str
     layer: int | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     weight_format: str
     activation_format: str | None
     granularity: str | None
@@ -51,7 +52,7 @@ class Row:
 
     @property
     def elements(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
