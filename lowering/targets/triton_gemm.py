@@ -1,0 +1,68 @@
+"""TritonTarget: what the GPU targets share, from declining a layout to choosing a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fp4compile.lowering.problem import GemmProblem
+from fp4compile.lowering.targets.template import text
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program of the grid computes, and with how many warps; K is split ``split_k`` ways."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+    group_m: int = 8
+
+
+@dataclass(frozen=True)
+class TritonTarget:
+    """A Triton kernel family. ``declines`` gives its own reasons; ``parameters`` what its text
+    ``template`` takes beside the problem; ``tiles`` candidates for M rows, best guess first.
+    """
+
+    name: str
+    template: str
+    declines: Callable[[GemmProblem], str | None]
+    parameters: Callable[[GemmProblem], dict[str, Any]]
+    tiles: Callable[[GemmProblem, int], Sequence[Tile]]
+
+    def supports(self, problem: GemmProblem) -> str | None:
+        """None, or the reason for declining ``problem``."""
+        return _layout_reason(problem) or self.declines(problem)
+
+    def source(self, problem: GemmProblem) -> str:
+        """Kernel text (jinja); only a tile's sizes are missing."""
+        parameters = {
+            "N": problem.N,
+            "K": problem.K,
+            "OPERAND_SCALE": problem.operand_scale or "",
+            "BIAS": problem.bias,
+            **self.parameters(problem),
+        }
+        settings = [f"{{%- set {name} = {value!r} %}}" for name, value in parameters.items()]
+        return "\n".join((*settings, text(self.template)))
+
+
+def _layout_reason(problem: GemmProblem) -> str | None:
+    if problem.device != "cuda":
+        return f"the operand is on {problem.device}"
+    if problem.format.bits != 4:
+        return f"{problem.weight_format} has {problem.format.bits} bits; the kernels read nibbles"
+    return None
+
+
+def capability(problem: GemmProblem) -> int:
+    """NVIDIA's compute capability times ten; 0 for other vendors."""
+    vendor, _, number = problem.architecture.partition("_")
+    return int(number) if vendor == "sm" else 0

@@ -1,0 +1,95 @@
+"""Packed FP4 codes to numbers in a Triton kernel: texts of two forms of one function.
+
+``*_ptx``: NVIDIA assembly for ``tl.inline_asm_elementwise`` with ``pack=4``: one register of four bytes,
+eight codes, to registers with the values of the four low and of the four high nibbles. A permutation
+of bytes (``prmt``) looks four codes up at a time in a table of eight bytes, two registers.
+``*_arithmetic``: shifts of a 64-bit constant, for any GPU.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from fp4compile.formats import FloatFormat
+from fp4compile.lowering.problem import bfloat16_bits
+
+HALF = 8  # magnitude codes of a format of 4 bits
+
+# Selectors of prmt; a nibble with its high bit set spreads the sign of the byte that it selects.
+_SIGNS = ("0xD9C8", "0xFBEA")  # of (low0, high0, low1, high1) and (low2, high2, low3, high3)
+_EVEN, _ODD = "0x6420", "0x7531"
+_LOW_PAIRS = ("0x6240", "0x7351")
+
+# lop3 tables: f(0xF0, 0xCC, 0xAA) for operands a, b, c.
+_SELECT = 0xF0 & 0xCC | ~0xF0 & 0xAA & 0xFF  # a ? b : c
+_OR_MASKED = 0xF0 & 0xCC | 0xAA  # (a & b) | c
+
+
+def int8_ptx(fmt: FloatFormat) -> str:
+    """$2 four bytes; $0 int8 values of the low nibbles, $1 of the high ones. 13 instructions."""
+    positive = fmt.integer_values[:HALF]
+    lines = [
+        *_codes(),
+        *(f"prmt.b32 p{i}, {_words(positive)}, c{i}" for i in (0, 1)),
+        *(f"prmt.b32 n{i}, {_words([-v for v in positive])}, c{i}" for i in (0, 1)),
+        *_masks(),
+        *(f"lop3.b32 v{i}, s{i}, n{i}, p{i}, {_SELECT:#x}" for i in (0, 1)),
+        f"prmt.b32 $0, v0, v1, {_EVEN}",
+        f"prmt.b32 $1, v0, v1, {_ODD}",
+    ]
+    return _block("c0, c1, l, s0, s1, p0, p1, n0, n1, v0, v1", lines)
+
+
+def bfloat16_ptx(fmt: FloatFormat) -> str:
+    """$4 four bytes; $0, $1 bfloat16 values of the low nibbles, $2, $3 of the high ones.
+
+    A bfloat16 is looked up as two bytes; the sign goes into the upper one. 15 instructions.
+    """
+    bits = [bfloat16_bits(value) for value in fmt.integer_values[:HALF]]
+    upper, lower = _words([b >> 8 for b in bits]), _words([b & 255 for b in bits])
+    lines = [
+        *_codes(source="$4"),
+        *(f"prmt.b32 u{i}, {upper}, c{i}" for i in (0, 1)),
+        *(f"prmt.b32 d{i}, {lower}, c{i}" for i in (0, 1)),
+        *_masks(source="$4"),
+        *(f"lop3.b32 u{i}, s{i}, 0x80808080, u{i}, {_OR_MASKED:#x}" for i in (0, 1)),
+        # u and d hold (low, high, low, high); a pair of low nibbles is bytes 0 and 2 of both.
+        "prmt.b32 $0, d0, u0, 0x6240",
+        "prmt.b32 $1, d1, u1, 0x6240",
+        "prmt.b32 $2, d0, u0, 0x7351",
+        "prmt.b32 $3, d1, u1, 0x7351",
+    ]
+    return _block("c0, c1, l, s0, s1, u0, u1, d0, d1", lines)
+
+
+def table(fmt: FloatFormat) -> int:
+    """The int8 magnitudes of the eight magnitude codes, code 0 lowest, for the arithmetic form:
+
+    ``((table >> 8 * (code & 7)) & 255)``, negated where ``code >= 8``.
+    """
+    word: int = struct.unpack("<q", struct.pack("<8b", *fmt.integer_values[:HALF]))[0]
+    return word
+
+
+def _codes(source: str = "$2") -> list[str]:
+    """c0, c1: four magnitude codes each, as selectors (prmt reads the lower 16 bits)."""
+    return [f"and.b32 c0, {source}, 0x77777777", "shr.u32 c1, c0, 16"]
+
+
+def _masks(source: str = "$2") -> list[str]:
+    """s0, s1: 0xFF where a code of c0, c1 is negative."""
+    return [
+        f"shl.b32 l, {source}, 4",
+        *(f"prmt.b32 s{i}, l, {source}, {selector}" for i, selector in enumerate(_SIGNS)),
+    ]
+
+
+def _words(values: Sequence[int]) -> str:
+    """Eight bytes as the two words that prmt reads them from."""
+    low, high = struct.unpack("<2I", bytes(value & 255 for value in values))
+    return f"{low:#010x}, {high:#010x}"
+
+
+def _block(registers: str, lines: Sequence[str]) -> str:
+    return "{ .reg .b32 " + registers + "; " + "; ".join(lines) + "; }"
