@@ -11,15 +11,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+import torch
+
 from fp4compile.formats import FloatFormat
-from fp4compile.lowering.problem import bfloat16_bits
 
 HALF = 8  # magnitude codes of a format of 4 bits
 
 # Selectors of prmt; a nibble with its high bit set spreads the sign of the byte that it selects.
 _SIGNS = ("0xD9C8", "0xFBEA")  # of (low0, high0, low1, high1) and (low2, high2, low3, high3)
 _EVEN, _ODD = "0x6420", "0x7531"
-_LOW_PAIRS = ("0x6240", "0x7351")
+_LOW_PAIR, _HIGH_PAIR = "0x6240", "0x7351"
 
 # lop3 tables: f(0xF0, 0xCC, 0xAA) for operands a, b, c.
 _SELECT = 0xF0 & 0xCC | ~0xF0 & 0xAA & 0xFF  # a ? b : c
@@ -41,24 +42,22 @@ def int8_ptx(fmt: FloatFormat) -> str:
     return _block("c0, c1, l, s0, s1, p0, p1, n0, n1, v0, v1", lines)
 
 
-def bfloat16_ptx(fmt: FloatFormat) -> str:
-    """$4 four bytes; $0, $1 bfloat16 values of the low nibbles, $2, $3 of the high ones.
+def float16_ptx(fmt: FloatFormat, dtype: torch.dtype) -> str:
+    """$4 four bytes; $0, $1 values of the low nibbles in a 16-bit float, $2, $3 of the high ones.
 
-    A bfloat16 is looked up as two bytes; the sign goes into the upper one. 15 instructions.
+    A float is looked up as two bytes; the sign goes into the upper one. 15 instructions.
     """
-    bits = [bfloat16_bits(value) for value in fmt.integer_values[:HALF]]
-    upper, lower = _words([b >> 8 for b in bits]), _words([b & 255 for b in bits])
+    values = torch.tensor(fmt.integer_values[:HALF]).to(dtype).view(torch.int16).tolist()
+    upper, lower = _words([value >> 8 for value in values]), _words(values)
     lines = [
         *_codes(source="$4"),
         *(f"prmt.b32 u{i}, {upper}, c{i}" for i in (0, 1)),
         *(f"prmt.b32 d{i}, {lower}, c{i}" for i in (0, 1)),
         *_masks(source="$4"),
         *(f"lop3.b32 u{i}, s{i}, 0x80808080, u{i}, {_OR_MASKED:#x}" for i in (0, 1)),
-        # u and d hold (low, high, low, high); a pair of low nibbles is bytes 0 and 2 of both.
-        "prmt.b32 $0, d0, u0, 0x6240",
-        "prmt.b32 $1, d1, u1, 0x6240",
-        "prmt.b32 $2, d0, u0, 0x7351",
-        "prmt.b32 $3, d1, u1, 0x7351",
+        # u and d hold (low, high, low, high): bytes 0 and 2 of both are the pair of low nibbles.
+        *(f"prmt.b32 ${i}, d{i}, u{i}, {_LOW_PAIR}" for i in (0, 1)),
+        *(f"prmt.b32 ${2 + i}, d{i}, u{i}, {_HIGH_PAIR}" for i in (0, 1)),
     ]
     return _block("c0, c1, l, s0, s1, u0, u1, d0, d1", lines)
 

@@ -2,7 +2,13 @@
 
 from collections.abc import Sequence
 
-from fp4compile.lowering.targets import cpp_avx2, cpp_avx512, cpp_portable, triton_int8
+from fp4compile.lowering.targets import (
+    cpp_avx2,
+    cpp_avx512,
+    cpp_portable,
+    triton_float,
+    triton_int8,
+)
 from fp4compile.lowering.targets.template import CppTarget
 from fp4compile.lowering.targets.triton_gemm import TritonTarget
 
@@ -11,7 +17,7 @@ CPU_TARGETS: tuple[CppTarget, ...] = (
     cpp_avx2.TARGET,
     cpp_portable.TARGET,
 )
-GPU_TARGETS: tuple[TritonTarget, ...] = (triton_int8.TARGET,)
+GPU_TARGETS: tuple[TritonTarget, ...] = (triton_int8.TARGET, triton_float.TARGET)
 
 
 def targets_of(device: str) -> Sequence[CppTarget] | Sequence[TritonTarget]:

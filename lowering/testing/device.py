@@ -105,6 +105,7 @@ def _interface(gpu: Gpu, properties: SimpleNamespace) -> type:
         maybe_exchange_device = staticmethod(_constant(0))
         set_device = staticmethod(_constant(None))
         synchronize = staticmethod(_constant(None))
+        is_bf16_supported = staticmethod(_constant(True))
         is_triton_capable = staticmethod(_constant(True))
         raise_if_triton_unavailable = staticmethod(_constant(None))
         get_raw_stream = staticmethod(_constant(0))

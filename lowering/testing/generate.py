@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,12 @@ from unittest.mock import patch
 
 import torch
 from torch import fx
+from torch._dynamo import config as dynamo_config
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_compiler
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch.utils._pytree import tree_map_only
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 from fp4compile.errors import CompileError
 from fp4compile.lowering.gpus import Gpu
@@ -52,7 +53,7 @@ def compile_for(
 
     def backend(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         with fake_gpu(gpu) as autotuners, _sources() as sources:
-            compile_fx(on_gpu(graph), placeholders_on_gpu(graph))
+            compiled_on_gpu(graph)
         kernels = [machine_code(result) for tuner in autotuners for result in tuner.compile_results]
         graphs.extend(Generated(source, tuple(kernels)) for source in sources)
         return graph.forward
@@ -67,8 +68,9 @@ def run(
     """``function(*inputs)`` through a Dynamo backend that leaves nothing behind."""
     torch.compiler.reset()
     try:
-        # A parameter that requires grad would be a leaf on a device that is not there.
-        with torch.no_grad():
+        # A parameter that requires grad would be a leaf on a device that is not there; a symbolic
+        # float is read back from it.
+        with torch.no_grad(), dynamo_config.patch(specialize_float=True):
             compiled = torch.compile(lambda *args: function(*args), backend=backend, dynamic=dynamic)
             return compiled(*inputs)
     finally:
@@ -82,33 +84,47 @@ def _sources() -> Iterator[list[str]]:
         yield sources
 
 
-def placeholders_on_gpu(graph: fx.GraphModule) -> list[Any]:
-    """Fake inputs of a Dynamo graph, on the GPU."""
-    nodes = graph.graph.find_nodes(op="placeholder")
-    return [_on_gpu(node.meta["example_value"]) for node in nodes]
+def compiled_on_gpu(graph: fx.GraphModule) -> Callable[..., Any]:
+    """Inductor's callable for a Dynamo graph of the CPU, moved to the GPU.
+
+    Tensor subclasses and Python's indexing are first traced away on the CPU: indexing guards the
+    device, and there is no guard for a GPU in a build without one.
+    """
+
+    def move(traced: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        inputs = [_moved(node.meta["val"]) for node in traced.graph.find_nodes(op="placeholder")]
+        return compile_fx(_on_gpu(traced), inputs)
+
+    inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+    return aot_module_simplified(
+        graph, inputs, fw_compiler=make_boxed_compiler(move), decompositions=_decompositions()
+    )
 
 
-def _on_gpu(value: Any) -> Any:
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Those that index, and that of an attention which only CPUs have."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    table = select_decomp_table()
+    return {op: table[op] for op in table if op is attention or op.namespace == "fp4"}
+
+
+def _moved(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    if is_traceable_wrapper_subclass(value):
-        return transform_subclass(value, lambda _, inner: _on_gpu(inner))
     with value.fake_mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_DEVICE)
 
 
-def on_gpu(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy of ``graph`` that makes its new tensors on the GPU."""
+def _on_gpu(graph: fx.GraphModule) -> fx.GraphModule:
     constants = [node.target for node in graph.graph.find_nodes(op="get_attr")]
     if any(isinstance(getattr(graph, str(name), None), torch.Tensor) for name in constants):
         raise CompileError(
             f"the graph holds the constants {constants}; register them as buffers, so that they are "
             "inputs that can be on a GPU"
         )
-    moved = fx.GraphModule(graph, copy.deepcopy(graph.graph))
-    for node in moved.graph.nodes:
+    for node in graph.graph.nodes:
         node.args = tree_map_only(torch.device, lambda _: _DEVICE, node.args)
         if "device" in node.kwargs:
             node.update_kwarg("device", _DEVICE)
-    moved.recompile()
-    return moved
+    graph.recompile()
+    return graph

@@ -39,8 +39,8 @@ class MachineCode:
         return self._resources[0]
 
     @cached_property
-    def spills(self) -> int:
-        """Bytes of stack and local memory per thread; 0 where everything is in registers."""
+    def local_memory(self) -> int:
+        """Bytes per thread beside the registers: what was spilled, and arrays (as in ``sin``)."""
         return self._resources[1] + self._resources[3]
 
     @cached_property

@@ -85,10 +85,11 @@ def _words(data: NDArray[Any], pack: int) -> Words:
     return np.ascontiguousarray(data).reshape(-1, pack).view(np.uint32)[:, 0]
 
 
+# The interpreter keeps bfloat16 as its bits.
+_STORED = {tl.int8: np.int8, tl.float16: np.float16, tl.bfloat16: np.uint16}
+
+
 def _tensor(registers: Sequence[Words], dtype: Any, shape: Any) -> Any:
-    stored = np.dtype(f"u{dtype.primitive_bitwidth // 8}")
-    data = np.stack(registers, axis=-1).view(stored)
-    if dtype == tl.int8:
-        data = data.view(np.int8)
+    data = np.stack(registers, axis=-1).view(_STORED[dtype])
     sizes = [int(size) for size in shape]
     return tl.tensor(TensorHandle(data.reshape(sizes), dtype), tl.block_type(dtype, sizes))
