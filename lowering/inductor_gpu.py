@@ -17,7 +17,8 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.virtualized import V
 
-from fp4compile.lowering.problem import GemmProblem
+from fp4compile.lowering.config import config
+from fp4compile.lowering.problem import INT8, GemmProblem
 from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget
 
 
@@ -31,14 +32,21 @@ def architecture(device: torch.device) -> str:
 
 @SymbolicGridFn
 def _grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
-    return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), meta["SPLIT_K"], 1)
+    return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1)
+
+
+@SymbolicGridFn
+def _split_grid(
+    parts: Any, m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any
+) -> tuple[Any, Any, Any]:
+    return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), parts, 1)
 
 
 @cache
-def _template(name: str, source: str) -> TritonTemplate:
+def _template(name: str, source: str, grid: Any) -> TritonTemplate:
     # Inductor wants a name of its own for every text.
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-    return TritonTemplate(name=f"{name}_{digest}", grid=_grid, source=source)
+    return TritonTemplate(name=f"{name}_{digest}", grid=grid, source=source)
 
 
 def gemm(
@@ -47,9 +55,33 @@ def gemm(
     """IR node ``[*batch, N]`` computed by the kernel of ``target``."""
     rows = inputs["operand"].get_size()[0]
     (tile, *_) = target.tiles(problem, int(V.graph.sizevars.optimization_hint(rows)))
-    layout = ir.FixedLayout(inputs["operand"].get_device(), problem.out_dtype, [rows, problem.N])
-    result = _call(target, problem, tile, inputs, layout)
+    device, size = inputs["operand"].get_device(), [rows, problem.N]
+    if tile.split_k == 1:
+        layout = ir.FixedLayout(device, problem.out_dtype, size)
+        result = _call(target, problem, tile, inputs, layout)
+    else:
+        matrices = {name: inputs[name] for name in ("operand", "packed_weight")}
+        sum_dtype = torch.int32 if problem.route == INT8 else torch.float32
+        layout = ir.FixedLayout(device, sum_dtype, [tile.split_k, *size])
+        parts = _call(target, problem, tile, matrices, layout)
+        result = _epilogue(problem, parts, inputs)
     return inductor_lowering.view(result, [*batch, problem.N])
+
+
+def _epilogue(problem: GemmProblem, parts: Any, inputs: dict[str, Any]) -> Any:
+    """The result ``[M, N]`` of partial sums ``[parts, M, N]``; fuses with what reads it."""
+    total = inductor_lowering.sum_(parts, axis=[0], dtype=parts.get_dtype())
+    y = inductor_lowering.to_dtype(total, torch.float32)
+    if problem.operand_scale is not None:
+        scale = ir.TensorBox.create(inputs["operand_scale"])
+        y = inductor_lowering.mul(y, inductor_lowering.view(scale, [-1, 1]))
+    y = inductor_lowering.mul(y, ir.TensorBox.create(inputs["weight_scale"]))
+    if problem.bias:
+        y = inductor_lowering.add(y, ir.TensorBox.create(inputs["bias"]))
+    y = inductor_lowering.to_dtype(y, problem.out_dtype)
+    # Else every reader would sum again.
+    y.realize()
+    return y
 
 
 def _call(
@@ -60,7 +92,8 @@ def _call(
     layout: ir.Layout,
 ) -> Any:
     names = f"{{%- set INPUTS = {list(inputs)!r} %}}\n"
-    template = _template(f"fp4_{target.name}", names + target.source(problem))
+    grid = _grid if tile.split_k == 1 else _split_grid
+    template = _template(f"fp4_{target.name}", names + target.source(problem), grid)
     choices: list[Any] = []
     declined = template.maybe_append_choice(
         choices,
@@ -73,7 +106,7 @@ def _call(
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
         SPLIT_K=tile.split_k,
-        DECODE_PTX=torch.version.hip is None,
+        DECODE_PTX=config.gpu_assembly and torch.version.hip is None,
     )
     if declined is not None:
         raise declined

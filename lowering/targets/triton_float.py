@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fp4compile.lowering.problem import FLOAT, GemmProblem
-from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget, capability
+from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget, capability, splits
 from fp4compile.lowering.unpack import float16_ptx, table
 
 FIRST_CAPABILITY = 80
@@ -39,7 +39,8 @@ def _parameters(problem: GemmProblem) -> dict[str, Any]:
 def _tiles(problem: GemmProblem, rows: int) -> tuple[Tile, ...]:
     wide = problem.operand_dtype == torch.float32
     if rows <= 16:
-        return (Tile(16, 32, 128, num_warps=4, num_stages=3 if wide else 4),)
+        split = splits(problem, 32, 128)
+        return (Tile(16, 32, 128, num_warps=4, num_stages=3 if wide else 4, split_k=split),)
     if rows <= 64 or wide:
         return (Tile(64, 64, 64, num_warps=4, num_stages=3 if wide else 4),)
     return (Tile(128, 128, 64, num_warps=8, num_stages=3),)

@@ -11,6 +11,9 @@ import torch
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets.template import text
 
+# About what data-centre GPUs of the last generations have.
+MULTIPROCESSORS = 128
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -60,6 +63,18 @@ def _layout_reason(problem: GemmProblem) -> str | None:
     if problem.format.bits != 4:
         return f"{problem.weight_format} has {problem.format.bits} bits; the kernels read nibbles"
     return None
+
+
+def splits(problem: GemmProblem, block_n: int, block_k: int) -> int:
+    """In how many parts to divide K so that a grid of one row of tiles keeps the GPU busy.
+
+    A part has two steps at least; Inductor unrolls the sum of 8 parts at most into its reader.
+    """
+    programs = -(-problem.N // block_n)
+    split = 1
+    while split < 8 and programs * split < MULTIPROCESSORS and problem.K >= 4 * split * block_k:
+        split *= 2
+    return split
 
 
 def capability(problem: GemmProblem) -> int:

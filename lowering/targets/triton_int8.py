@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fp4compile.lowering.problem import INT8, GemmProblem
-from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget, capability
+from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget, capability, splits
 from fp4compile.lowering.unpack import int8_ptx, table
 
 FIRST_CAPABILITY = 80
@@ -34,7 +34,8 @@ def _parameters(problem: GemmProblem) -> dict[str, Any]:
 
 def _tiles(problem: GemmProblem, rows: int) -> tuple[Tile, ...]:
     if rows <= 16:
-        return (Tile(16, 32, 256, num_warps=4, num_stages=4),)
+        split = splits(problem, 32, 256)
+        return (Tile(16, 32, 256, num_warps=4, num_stages=4, split_k=split),)
     if rows <= 64:
         return (Tile(64, 64, 128, num_warps=4, num_stages=4),)
     return (Tile(128, 128, 128, num_warps=8, num_stages=3),)

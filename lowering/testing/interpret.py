@@ -39,23 +39,30 @@ def interpret(
 
     Every kernel runs in the first of its configurations. Arguments as of ``compile_for``.
     """
+    return interpret_with_sources(function, inputs, gpu, dynamic=dynamic)[0]
+
+
+def interpret_with_sources(
+    function: Callable[..., Any], inputs: Sequence[Any], gpu: Gpu, *, dynamic: bool | None = None
+) -> tuple[Any, list[str]]:
+    """As :func:`interpret`, with the module that ran for each graph."""
+    sources: list[str] = []
 
     def backend(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        with fake_gpu(gpu), interpreter(), _calls_interpreted(gpu):
+        with fake_gpu(gpu), interpreter(), _calls_interpreted(gpu, sources):
             return compiled_on_gpu(graph)
 
-    return run(function, inputs, backend, dynamic)
+    return run(function, inputs, backend, dynamic), sources
 
 
 @contextlib.contextmanager
-def _calls_interpreted(gpu: Gpu) -> Iterator[None]:
+def _calls_interpreted(gpu: Gpu, sources: list[str]) -> Iterator[None]:
     """The modules that Inductor loads meanwhile are replaced by ones that run on CPU tensors."""
     load = GraphLowering.compile_to_module
-    sources: list[str] = []
 
     def load_interpreted(graph: GraphLowering) -> Any:
         load(graph)
-        return SimpleNamespace(call=_interpreted_call(sources.pop(), gpu))
+        return SimpleNamespace(call=_interpreted_call(sources[-1], gpu))
 
     with (
         patch.object(GraphLowering, "compile_to_module", load_interpreted),
