@@ -1,4 +1,4 @@
-"""GPU kernels on paper: bytes and operations over datasheet rates, occupancy from what was compiled.
+"""GPU kernels on paper: bytes and operations over datasheet rates, occupancy as compiled.
 
 Nothing here is measured. A bound is what no kernel of this design can beat on that GPU; how near
 one comes only a run on the GPU tells (``python -m bench gemm --device cuda``).
@@ -71,25 +71,34 @@ def run(names: Sequence[str], rows: Sequence[int] = ROWS) -> Iterator[Bound]:
 
 
 def bound(gpu: Gpu, layer: str, M: int, N: int, K: int) -> Bound:
-    tile = triton_int8.TARGET.tiles(_problem(gpu, N, K), M)[0]
+    tile = triton_int8.TARGET.tile(_problem(gpu, N, K), M)
     registers, shared = _resources(gpu, tile)
     resident = _resident(gpu, tile, registers, shared)
     programs = -(-M // tile.block_m) * -(-N // tile.block_n) * tile.split_k
-    operations = 2 * M * N * K
     return Bound(
         gpu.name,
         layer,
         M,
         N,
         K,
-        (N * K / 2 + 4 * N + M * K + 4 * M + 2 * M * N) / gpu.bandwidth,
-        operations / gpu.rates["int8"],
-        max(2 * (N * K + M * K + M * N) / gpu.bandwidth, operations / gpu.rates["bf16"]),
+        memory_seconds(gpu, M, N, K),
+        compute_seconds(gpu, M, N, K),
+        max(2 * (N * K + M * K + M * N) / gpu.bandwidth, 2 * M * N * K / gpu.rates["bf16"]),
         registers,
         shared,
         resident,
         programs / (resident * gpu.multiprocessors),
     )
+
+
+def memory_seconds(gpu: Gpu, M: int, N: int, K: int) -> float:
+    """Codes, scales and operand once from memory, a result of 16 bits to it."""
+    return (N * K / 2 + 4 * N + M * K + 4 * M + 2 * M * N) / gpu.bandwidth
+
+
+def compute_seconds(gpu: Gpu, M: int, N: int, K: int) -> float:
+    """All products on the int8 tensor cores at their peak."""
+    return 2 * M * N * K / gpu.rates["int8"]
 
 
 def _resident(gpu: Gpu, tile: Tile, registers: int, shared: int) -> int:

@@ -9,12 +9,14 @@ from typing import Annotated
 
 import typer
 
+from fp4compile.commands import codegen
 from fp4compile.demo import run_demo
 from fp4compile.errors import Fp4CompileError
 from fp4compile.qparams import PRESETS
 from fp4compile.search import METHODS
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+app.command("codegen", epilog=codegen.EXAMPLES)(codegen.command)
 
 
 @app.callback()

@@ -13,9 +13,9 @@ NVIDIA, AMD = "cuda", "hip"
 class Gpu:
     """One architecture, and the product whose datasheet stands for it.
 
-    ``multiprocessors``, ``registers`` (32 bits, per multiprocessor), ``shared_memory`` (bytes that one
-    block may use), ``threads`` (resident per multiprocessor); ``bandwidth`` bytes/s of the memory;
-    ``rates`` multiply-adds times two per second, dense, by operand type.
+    ``registers`` of 32 bits and resident ``threads`` are per multiprocessor; ``shared_memory`` is
+    what one block may use, in bytes; ``bandwidth`` the memory's, in bytes/s; ``rates`` dense
+    operations per second (a multiply-add is two) by operand type.
     """
 
     name: str

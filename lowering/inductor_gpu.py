@@ -54,7 +54,7 @@ def gemm(
 ) -> Any:
     """IR node ``[*batch, N]`` computed by the kernel of ``target``."""
     rows = inputs["operand"].get_size()[0]
-    (tile, *_) = target.tiles(problem, int(V.graph.sizevars.optimization_hint(rows)))
+    tile = target.tile(problem, int(V.graph.sizevars.optimization_hint(rows)))
     device, size = inputs["operand"].get_device(), [rows, problem.N]
     if tile.split_k == 1:
         layout = ir.FixedLayout(device, problem.out_dtype, size)

@@ -6,6 +6,7 @@ from fp4compile.lowering.targets import (
     cpp_avx2,
     cpp_avx512,
     cpp_portable,
+    triton_blocks,
     triton_float,
     triton_int8,
 )
@@ -17,11 +18,15 @@ CPU_TARGETS: tuple[CppTarget, ...] = (
     cpp_avx2.TARGET,
     cpp_portable.TARGET,
 )
-GPU_TARGETS: tuple[TritonTarget, ...] = (triton_int8.TARGET, triton_float.TARGET)
+GPU_TARGETS: tuple[TritonTarget, ...] = (
+    triton_int8.TARGET,
+    triton_float.TARGET,
+    triton_blocks.TARGET,
+)
 
 
 def targets_of(device: str) -> Sequence[CppTarget] | Sequence[TritonTarget]:
-    """Targets that can serve a device type; the CPU's, with their reasons, where none is written."""
+    """Targets of a type of device; the CPU's, which will decline, where none is written."""
     return GPU_TARGETS if device == "cuda" else CPU_TARGETS
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets.template import text
 
 # About what data-centre GPUs of the last generations have.
 MULTIPROCESSORS = 128
+FIRST_CAPABILITY = 80
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class TritonTarget:
-    """A Triton kernel family. ``declines`` gives its own reasons; ``parameters`` what its text
-    ``template`` takes beside the problem; ``tiles`` candidates for M rows, best guess first.
+    """A Triton kernel family. ``body`` names the text of its sum over K; ``declines`` gives its own
+    reasons; ``parameters`` what the text takes beside the problem; ``tile`` the tile for M rows.
     """
 
     name: str
-    template: str
+    body: str
     declines: Callable[[GemmProblem], str | None]
     parameters: Callable[[GemmProblem], dict[str, Any]]
-    tiles: Callable[[GemmProblem, int], Sequence[Tile]]
+    tile: Callable[[GemmProblem, int], Tile]
 
     def supports(self, problem: GemmProblem) -> str | None:
         """None, or the reason for declining ``problem``."""
@@ -51,10 +50,12 @@ class TritonTarget:
             "K": problem.K,
             "OPERAND_SCALE": problem.operand_scale or "",
             "BIAS": problem.bias,
+            "BLOCK_SCALES": problem.block_size > 0,
             **self.parameters(problem),
         }
         settings = [f"{{%- set {name} = {value!r} %}}" for name, value in parameters.items()]
-        return "\n".join((*settings, text(self.template)))
+        parts = ("triton_unpack", "triton_tiles", self.body, "triton_store")
+        return "\n".join((*settings, *map(text, parts)))
 
 
 def _layout_reason(problem: GemmProblem) -> str | None:
@@ -65,6 +66,13 @@ def _layout_reason(problem: GemmProblem) -> str | None:
     return None
 
 
+def declines_architecture(problem: GemmProblem) -> str | None:
+    """The reason of every family whose instructions begin with Ampere."""
+    if capability(problem) < FIRST_CAPABILITY:
+        return f"{problem.architecture} was not tried; compute capability 8.0 is the first"
+    return None
+
+
 def splits(problem: GemmProblem, block_n: int, block_k: int) -> int:
     """In how many parts to divide K so that a grid of one row of tiles keeps the GPU busy.
 
@@ -72,7 +80,7 @@ def splits(problem: GemmProblem, block_n: int, block_k: int) -> int:
     """
     programs = -(-problem.N // block_n)
     split = 1
-    while split < 8 and programs * split < MULTIPROCESSORS and problem.K >= 4 * split * block_k:
+    while split < 8 and programs * split < MULTIPROCESSORS and 4 * split * block_k <= problem.K:
         split *= 2
     return split
 

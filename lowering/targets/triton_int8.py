@@ -5,20 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from fp4compile.lowering.problem import INT8, GemmProblem
-from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget, capability, splits
+from fp4compile.lowering.targets.triton_gemm import (
+    Tile,
+    TritonTarget,
+    declines_architecture,
+    splits,
+)
 from fp4compile.lowering.unpack import int8_ptx, table
-
-FIRST_CAPABILITY = 80
 
 
 def _declines(problem: GemmProblem) -> str | None:
     if problem.route != INT8:
         return f"a {problem.operand_dtype} operand needs float sums"
     if problem.block_size:
-        return "block scales need a sum per block, which is not written for int8 tensor cores"
-    if capability(problem) < FIRST_CAPABILITY:
-        return f"{problem.architecture} was not tried; compute capability 8.0 is the first"
-    return None
+        return "block scales need a sum per block"
+    return declines_architecture(problem)
 
 
 def _parameters(problem: GemmProblem) -> dict[str, Any]:
@@ -32,13 +33,13 @@ def _parameters(problem: GemmProblem) -> dict[str, Any]:
     }
 
 
-def _tiles(problem: GemmProblem, rows: int) -> tuple[Tile, ...]:
+def _tile(problem: GemmProblem, rows: int) -> Tile:
     if rows <= 16:
         split = splits(problem, 32, 256)
-        return (Tile(16, 32, 256, num_warps=4, num_stages=4, split_k=split),)
+        return Tile(16, 32, 256, num_warps=4, num_stages=4, split_k=split)
     if rows <= 64:
-        return (Tile(64, 64, 128, num_warps=4, num_stages=4),)
-    return (Tile(128, 128, 128, num_warps=8, num_stages=3),)
+        return Tile(64, 64, 128, num_warps=4, num_stages=4)
+    return Tile(128, 128, 128, num_warps=8, num_stages=3)
 
 
-TARGET = TritonTarget("triton_int8", "triton_gemm", _declines, _parameters, _tiles)
+TARGET = TritonTarget("triton_int8", "triton_gemm", _declines, _parameters, _tile)

@@ -1,4 +1,4 @@
-"""GPU code without a GPU: :func:`compile_for` generates and compiles it, :func:`interpret` runs it."""
+"""GPU code without a GPU: :func:`compile_for` compiles it, :func:`interpret` runs it."""
 
 from fp4compile.lowering.testing.generate import Generated, compile_for
 from fp4compile.lowering.testing.interpret import interpret, interpret_with_sources

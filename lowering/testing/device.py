@@ -26,13 +26,13 @@ from fp4compile.lowering.gpus import Gpu
 
 # They remember the device of their first call.
 _CACHED = (triton_utils.has_triton, triton_utils.triton_backend, hints.DeviceProperties.create)
-_SETTINGS = dict(
-    compile_threads=1,
-    force_disable_caches=True,
-    use_static_triton_launcher=False,
+_SETTINGS = {
+    "compile_threads": 1,
+    "force_disable_caches": True,
+    "use_static_triton_launcher": False,
     # Folding would run kernels on the device.
-    joint_graph_constant_folding=False,
-)
+    "joint_graph_constant_folding": False,
+}
 
 
 @contextlib.contextmanager

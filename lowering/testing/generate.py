@@ -22,7 +22,6 @@ from fp4compile.lowering.gpus import Gpu
 from fp4compile.lowering.testing.device import fake_gpu
 from fp4compile.lowering.testing.machine_code import MachineCode, machine_code
 
-
 _DEVICE = torch.device("cuda", 0)
 
 
@@ -71,7 +70,9 @@ def run(
         # A parameter that requires grad would be a leaf on a device that is not there; a symbolic
         # float is read back from it.
         with torch.no_grad(), dynamo_config.patch(specialize_float=True):
-            compiled = torch.compile(lambda *args: function(*args), backend=backend, dynamic=dynamic)
+            compiled = torch.compile(
+                lambda *args: function(*args), backend=backend, dynamic=dynamic
+            )
             return compiled(*inputs)
     finally:
         torch.compiler.reset()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
@@ -29,7 +28,16 @@ from fp4compile.lowering.testing.ptx import inline_asm_elementwise
 # Modules of functions that kernels call; compiled when they were imported.
 _LIBRARIES: tuple[ModuleType, ...] = (tl, tl.standard, triton_helpers)
 # What the interpreter replaces in them, not always restoring it.
-_PATCHED: tuple[Any, ...] = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.core.tensor_descriptor_base, tl.dtype, triton_helpers)
+_PATCHED: tuple[Any, ...] = (
+    tl,
+    tl.core,
+    tl.math,
+    tl.standard,
+    tl.tensor,
+    tl.core.tensor_descriptor_base,
+    tl.dtype,
+    triton_helpers,
+)
 
 
 def interpret(

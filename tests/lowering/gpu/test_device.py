@@ -18,7 +18,10 @@ def test_nothing_is_left_behind(layer, int8_operand):
 
     linear, inputs = layer(32, 64), (int8_operand(3, 64), torch.rand(3, 1))
     list(get_registered_device_interfaces())  # registers them
-    before = [dict(vars(m)) for m in (tl, tl.core, tl.standard, torch.cuda)], dict(device_interfaces)
+    before = (
+        [dict(vars(m)) for m in (tl, tl.core, tl.standard, torch.cuda)],
+        dict(device_interfaces),
+    )
     driver = triton.runtime.driver._active
     first = compile_for(linear, inputs, GPUS["sm_90"])
     interpret(linear, inputs, GPUS["sm_80"])
@@ -35,5 +38,7 @@ def test_a_constant_in_the_graph_is_refused(layer):
 
     constant = torch.arange(3.0)
     with pytest.raises(Exception, match="register them as buffers") as raised:
-        compile_for(lambda x: x + torch.tensor([1.0, 2.0, 3.0]) + constant, (constant,), GPUS["sm_90"])
+        compile_for(
+            lambda x: x + torch.tensor([1.0, 2.0, 3.0]) + constant, (constant,), GPUS["sm_90"]
+        )
     assert CompileError.__name__ in repr(raised.value.__cause__ or raised.value)
