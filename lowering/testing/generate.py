@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_compiler
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
@@ -74,6 +75,10 @@ def run(
                 lambda *args: function(*args), backend=backend, dynamic=dynamic
             )
             return compiled(*inputs)
+    except BackendCompilerFailed as failure:
+        if isinstance(failure.inner_exception, CompileError):
+            raise failure.inner_exception from None
+        raise
     finally:
         torch.compiler.reset()
 
@@ -120,8 +125,8 @@ def _on_gpu(graph: fx.GraphModule) -> fx.GraphModule:
     constants = [node.target for node in graph.graph.find_nodes(op="get_attr")]
     if any(isinstance(getattr(graph, str(name), None), torch.Tensor) for name in constants):
         raise CompileError(
-            f"the graph holds the constants {constants}; register them as buffers, so that they are "
-            "inputs that can be on a GPU"
+            f"the graph holds the constants {constants}, which are on the CPU; "
+            "register them as buffers"
         )
     for node in graph.graph.nodes:
         node.args = tree_map_only(torch.device, lambda _: _DEVICE, node.args)

@@ -1,4 +1,4 @@
-"""``interpret``: the very module that a GPU would run, run by Triton's interpreter on CPU tensors."""
+"""``interpret``: the module that a GPU would run, run by Triton's interpreter on CPU tensors."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Words = NDArray[np.uint32]
 
 
 def _prmt(a: Words, b: Words, selectors: Words) -> Words:
-    """PTX ISA, prmt in its default mode: each of the result's bytes by a nibble of ``selectors``."""
+    """PTX ISA, prmt in its default mode: every byte by a nibble of ``selectors``."""
     joined = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     result = np.zeros(np.broadcast_shapes(a.shape, b.shape, selectors.shape), np.uint32)
     for i in range(4):

@@ -1,4 +1,4 @@
-"""Block scales as the GPU's own code computes them, in Triton's interpreter, against the eager op."""
+"""Block scales as the GPU's code computes them, in Triton's interpreter, against the eager op."""
 
 from __future__ import annotations
 

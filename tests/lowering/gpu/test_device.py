@@ -1,4 +1,4 @@
-"""The pretended GPU leaves nothing behind: neither compiling nor interpreting changes what follows."""
+"""The pretended GPU leaves nothing behind: what follows is as if it had not been."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ def test_nothing_is_left_behind(layer, int8_operand):
 
     linear, inputs = layer(32, 64), (int8_operand(3, 64), torch.rand(3, 1))
     list(get_registered_device_interfaces())  # registers them
-    before = (
-        [dict(vars(m)) for m in (tl, tl.core, tl.standard, torch.cuda)],
-        dict(device_interfaces),
-    )
+    modules = (tl, tl.core, tl.standard, torch.cuda)
+    before = [dict(vars(module)) for module in modules], dict(device_interfaces)
     driver = triton.runtime.driver._active
     first = compile_for(linear, inputs, GPUS["sm_90"])
     interpret(linear, inputs, GPUS["sm_80"])
-    after = [dict(vars(m)) for m in (tl, tl.core, tl.standard, torch.cuda)], dict(device_interfaces)
+    after = [dict(vars(module)) for module in modules], dict(device_interfaces)
     assert before == after
     assert triton.runtime.driver._active is driver
     again = compile_for(linear, inputs, GPUS["sm_90"])
@@ -36,9 +34,5 @@ def test_nothing_is_left_behind(layer, int8_operand):
 def test_a_constant_in_the_graph_is_refused(layer):
     from fp4compile.lowering.testing import compile_for
 
-    constant = torch.arange(3.0)
-    with pytest.raises(Exception, match="register them as buffers") as raised:
-        compile_for(
-            lambda x: x + torch.tensor([1.0, 2.0, 3.0]) + constant, (constant,), GPUS["sm_90"]
-        )
-    assert CompileError.__name__ in repr(raised.value.__cause__ or raised.value)
+    with pytest.raises(CompileError, match="register them as buffers"):
+        compile_for(lambda x: x + torch.tensor([1.0, 2.0]), (torch.ones(2),), GPUS["sm_90"])
