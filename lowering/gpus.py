@@ -98,6 +98,30 @@ GPUS: dict[str, Gpu] = {
             bandwidth=1.792 * _TB,
             rates={"int8": 838 * _T, "bf16": 210 * _T, "fp8": 419 * _T, "fp4": 1676 * _T},
         ),
+        Gpu(
+            "gfx942",
+            AMD,
+            "gfx942",
+            "MI300X",
+            multiprocessors=304,
+            shared_memory=64 * _KB,
+            registers=131072,
+            warp=64,
+            bandwidth=5.3 * _TB,
+            rates={"int8": 2615 * _T, "bf16": 1307 * _T, "fp8": 2615 * _T},
+        ),
+        Gpu(
+            "gfx950",
+            AMD,
+            "gfx950",
+            "MI355X",
+            multiprocessors=256,
+            shared_memory=160 * _KB,
+            registers=131072,
+            warp=64,
+            bandwidth=8.0 * _TB,
+            rates={"int8": 5033 * _T, "bf16": 2517 * _T, "fp8": 5033 * _T, "fp4": 10066 * _T},
+        ),
     )
 }
 

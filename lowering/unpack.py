@@ -1,8 +1,8 @@
 """Packed FP4 codes to numbers in a Triton kernel: texts of two forms of one function.
 
-``*_ptx``: NVIDIA assembly for ``tl.inline_asm_elementwise`` with ``pack=4``: four bytes, eight codes,
-in a register to registers with the values of the four low and of the four high nibbles. A permutation
-of bytes (``prmt``) looks four codes up at a time in a table of eight bytes, two registers.
+``*_ptx``: NVIDIA assembly for ``tl.inline_asm_elementwise`` with ``pack=4``: a register of four
+bytes, eight codes, to registers with the values of the four low and of the four high nibbles. A
+permutation of bytes (``prmt``) looks four codes up at a time in a table of eight bytes.
 ``table``: for shifts of a constant, on any GPU.
 """
 

@@ -9,7 +9,7 @@ import torch
 import typer
 
 import fp4compile
-from fp4compile.codegen import codegen
+from fp4compile.codegen import codegen, gpu_of
 from fp4compile.demo_model import load_demo_model
 from fp4compile.tensor import FP4Tensor
 
@@ -43,6 +43,7 @@ def command(
     A MODEL that is not quantized is quantized first by min-max: the kernels hardly depend on the
     search. Tiles are chosen for the batch and length given; both stay dynamic where they are not 1.
     """
+    gpu_of(target)  # a mistake is told before the model is loaded
     loaded = _load(model, layers)
     ids = torch.randint(loaded.config.vocab_size, (batch, length))
     if not any(isinstance(parameter, FP4Tensor) for parameter in loaded.parameters()):

@@ -12,6 +12,7 @@ from fp4compile.lowering.targets.template import text
 # About what data-centre GPUs of the last generations have.
 MULTIPROCESSORS = 128
 FIRST_CAPABILITY = 80
+AMD_TRIED = ("gfx942", "gfx950")
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def _layout_reason(problem: GemmProblem) -> str | None:
 
 def declines_architecture(problem: GemmProblem) -> str | None:
     """The reason of every family whose instructions begin with Ampere."""
-    if capability(problem) < FIRST_CAPABILITY:
-        return f"{problem.architecture} was not tried; compute capability 8.0 is the first"
-    return None
+    if capability(problem) >= FIRST_CAPABILITY or problem.architecture in AMD_TRIED:
+        return None
+    return f"{problem.architecture} was not tried, only sm_80 and later, {', '.join(AMD_TRIED)}"
 
 
 def splits(problem: GemmProblem, block_n: int, block_k: int) -> int:

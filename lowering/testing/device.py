@@ -22,7 +22,7 @@ from torch._inductor.runtime import hints, triton_helpers, triton_heuristics
 from torch.utils import _triton as triton_utils
 from triton.backends.compiler import GPUTarget
 
-from fp4compile.lowering.gpus import Gpu
+from fp4compile.lowering.gpus import AMD, Gpu
 
 # They remember the device of their first call.
 _CACHED = (triton_utils.has_triton, triton_utils.triton_backend, hints.DeviceProperties.create)
@@ -74,6 +74,8 @@ def _properties(gpu: Gpu) -> SimpleNamespace:
 
 def _torch_patches(gpu: Gpu) -> Iterator[Any]:
     properties = _properties(gpu)
+    if gpu.vendor == AMD:
+        yield patch.object(torch.version, "hip", "7.0")
     interface = _interface(gpu, properties)
     yield patch.dict(device_interface.device_interfaces, {"cuda": interface, "cuda:0": interface})
     # is_available stays False: Dynamo would go on to ask for the device's random state.

@@ -90,5 +90,5 @@ def test_instructions(int8_operand, name, block_size, instruction):
     inputs = (int8_operand(200, 256), torch.rand(200, 256 // block_size))
     (graph,) = compile_for(layer, inputs, GPUS[name], dynamic=True)
     (kernel,) = graph.kernels
-    assert instruction in kernel.ptx
+    assert instruction in kernel.assembly
     assert kernel.local_memory == 0

@@ -34,8 +34,8 @@ def compiled(linear, inputs, name):
 @pytest.mark.parametrize("name", INT8)
 def test_int8_tensor_cores(layer, int8_operand, name):
     kernel = compiled(layer(256, 512), (int8_operand(300, 512), torch.rand(300, 1)), name)
-    assert INT8[name] in kernel.ptx
-    assert "prmt.b32" in kernel.ptx
+    assert INT8[name] in kernel.assembly
+    assert "prmt.b32" in kernel.assembly
     assert kernel.local_memory == 0
     assert kernel.shared_memory <= GPUS[name].shared_memory
 
@@ -43,7 +43,7 @@ def test_int8_tensor_cores(layer, int8_operand, name):
 @pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16_tensor_cores(layer, name):
     kernel = compiled(layer(256, 512), (torch.randn(300, 512).bfloat16(),), name)
-    assert BFLOAT16[name] in kernel.ptx
+    assert BFLOAT16[name] in kernel.assembly
     assert kernel.local_memory == 0
     assert kernel.shared_memory <= GPUS[name].shared_memory
 
