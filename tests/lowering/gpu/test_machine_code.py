@@ -8,18 +8,21 @@ import torch
 from fp4compile.errors import CompileError
 from fp4compile.lowering.gpus import GPUS, gpu_by_name
 
-# In the route's PTX. Triton 3.7 has no int8 for sm_100's own tensor core instruction.
+# In the route's PTX or, for AMD, machine code. Triton 3.7 has no int8 for sm_100's own tensor core instruction.
 INT8 = {
     "sm_80": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
     "sm_89": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
     "sm_90": "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8",
     "sm_100": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
     "sm_120": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
+    "gfx942": "v_mfma_i32_32x32x16_i8",
+    "gfx950": "v_mfma_i32_32x32x32_i8",
 }
 BFLOAT16 = {
     "sm_80": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
     "sm_90": "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
     "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma_f32_32x32x8_bf16",
 }
 
 
@@ -35,7 +38,7 @@ def compiled(linear, inputs, name):
 def test_int8_tensor_cores(layer, int8_operand, name):
     kernel = compiled(layer(256, 512), (int8_operand(300, 512), torch.rand(300, 1)), name)
     assert INT8[name] in kernel.assembly
-    assert "prmt.b32" in kernel.assembly
+    assert ("prmt.b32" in kernel.assembly) == kernel.is_nvidia
     assert kernel.local_memory == 0
     assert kernel.shared_memory <= GPUS[name].shared_memory
 
