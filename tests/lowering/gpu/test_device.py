@@ -31,6 +31,19 @@ def test_nothing_is_left_behind(layer, int8_operand):
     assert torch.equal(torch.compile(linear)(*inputs), linear(*inputs))  # the CPU's own lowering
 
 
+def test_the_generated_kernel_is_what_runs(layer, int8_operand, monkeypatch):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from fp4compile.lowering.testing import interpret
+
+    launched = []
+    monkeypatch.setattr(
+        InterpretedFunction, "run", lambda self, *_, **__: launched.append(self.fn.__name__)
+    )
+    interpret(layer(32, 64), (int8_operand(3, 64), torch.rand(3, 1)), GPUS["sm_90"])
+    assert launched == ["triton_tem_fused_linear_0"]
+
+
 def test_a_constant_in_the_graph_is_refused(layer):
     from fp4compile.lowering.testing import compile_for
 

@@ -8,7 +8,7 @@ import torch
 from fp4compile.errors import CompileError
 from fp4compile.lowering.gpus import GPUS, gpu_by_name
 
-# In the route's PTX or, for AMD, machine code. Triton 3.7 has no int8 for sm_100's own tensor core instruction.
+# In the PTX or, for AMD, machine code. Triton 3.7 has no int8 for sm_100's own instruction.
 INT8 = {
     "sm_80": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
     "sm_89": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
