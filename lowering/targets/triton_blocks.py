@@ -42,6 +42,7 @@ def _parameters(problem: GemmProblem) -> dict[str, Any]:
         "VALUE_TYPE": "tl.int8" if integers else "tl.float16" if half else "tl.bfloat16",
         "SUM_TYPE": "tl.int32" if integers else "tl.float32",
         # An int8 is exact in one bfloat16.
+        "WIDEN": problem.route == INT8 and not integers,
         "PARTS": 3 if problem.operand_dtype == torch.float32 else 1,
     }
 

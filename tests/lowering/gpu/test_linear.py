@@ -47,15 +47,17 @@ def test_int8_route_is_exact(layer, int8_operand, size, format, granularity, bia
 
 
 @pytest.mark.parametrize(
-    ("size", "format", "dtype", "M"),
+    ("size", "format", "dtype", "M", "assembly"),
     [
-        ("tails", "e2m1", torch.bfloat16, 9),
-        ("odd", "e3m0", torch.float32, 20),
-        ("even", "e1m2", torch.float16, 100),
-        ("split", "e2m1", torch.bfloat16, 2),
+        ("tails", "e2m1", torch.bfloat16, 9, True),
+        ("tails", "e3m0", torch.bfloat16, 9, False),
+        ("odd", "e3m0", torch.float32, 20, True),
+        ("even", "e1m2", torch.float16, 100, True),
+        ("split", "e2m1", torch.bfloat16, 2, True),
     ],
 )
-def test_weight_only_route(layer, size, format, dtype, M):
+def test_weight_only_route(layer, size, format, dtype, M, assembly, monkeypatch):
+    monkeypatch.setattr(lowering.config, "gpu_assembly", assembly)
     N, K = SIZES[size]
     linear, x = layer(N, K, format, True), torch.randn(M, K).to(dtype)
     torch.testing.assert_close(
