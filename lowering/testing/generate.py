@@ -108,10 +108,8 @@ def compiled_on_gpu(graph: fx.GraphModule) -> Callable[..., Any]:
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Those that index, and that of an attention which only CPUs have."""
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    table = select_decomp_table()
-    return {op: table[op] for op in table if op is attention or op.namespace == "fp4"}
+    """Ours, which index."""
+    return {op: rule for op, rule in select_decomp_table().items() if op.namespace == "fp4"}
 
 
 def _moved(value: Any) -> Any:
