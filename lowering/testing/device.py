@@ -41,6 +41,8 @@ def fake_gpu(gpu: Gpu) -> Iterator[list[Any]]:
     kernels were compiled meanwhile (their ``compile_results``).
     """
     compiled: list[Any] = []
+    # Registers all of them now: what is registered within patch.dict is gone with it.
+    device_interface.get_registered_device_interfaces()
     with contextlib.ExitStack() as stack:
         for change in (*_torch_patches(gpu), *_triton_patches(gpu), *_launch_patches(compiled)):
             stack.enter_context(change)
