@@ -77,7 +77,8 @@ def _epilogue(problem: GemmProblem, parts: Any, inputs: dict[str, Any]) -> Any:
         y = inductor_lowering.mul(y, inductor_lowering.view(scale, [-1, 1]))
     y = inductor_lowering.mul(y, ir.TensorBox.create(inputs["weight_scale"]))
     if problem.bias:
-        y = inductor_lowering.add(y, ir.TensorBox.create(inputs["bias"]))
+        bias = ir.TensorBox.create(inputs["bias"])
+        y = inductor_lowering.add(y, inductor_lowering.to_dtype(bias, torch.float32))
     y = inductor_lowering.to_dtype(y, problem.out_dtype)
     # Else every reader would sum again.
     y.realize()

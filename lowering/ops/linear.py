@@ -68,11 +68,13 @@ def linear(
         inputs["block_scale"] = inductor.as_matrix(block_scale)
     if operand_scale is not None:
         inputs["operand_scale"] = inductor.as_vector(operand_scale)
-    if bias is not None:
-        inputs["bias"] = inductor.as_vector(inductor.to_dtype(bias, torch.float32))
     batch = operand.get_size()[:-1]
     if isinstance(target, TritonTarget):
+        if bias is not None:
+            inputs["bias"] = inductor.as_vector(bias)
         return inductor_gpu.gemm(target, problem, inputs, batch)
+    if bias is not None:
+        inputs["bias"] = inductor.as_vector(inductor.to_dtype(bias, torch.float32))
     return inductor.gemm(f"fp4_{target.name}", target.source(problem), problem, inputs, batch)
 
 

@@ -21,8 +21,9 @@ def launches(source: str) -> Counter[str]:
     return Counter(re.findall(r"^ +triton_(tem|per|red|poi)_\w+\.run\(", source, re.MULTILINE))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("granularity", ["tensor", "token"])
+@pytest.mark.parametrize(
+    ("granularity", "dtype"), [("tensor", torch.float32), ("token", torch.bfloat16)]
+)
 def test_quantization_is_fused(granularity, dtype):
     from fp4compile.lowering.testing import interpret_with_sources
 
