@@ -28,7 +28,7 @@ class Layer(nn.Module):
         bits = by_name(format).bits
         self.register_buffer("packed", pack(torch.randint(0, 2**bits, (N, K)).byte(), bits))
         self.register_buffer("scale", torch.rand(N) + 0.1)
-        self.register_buffer("bias", torch.randn(N) if bias else None)
+        self.register_buffer("bias", torch.randn(N).to(dtype) if bias else None)
         self.format, self.dtype = format, dtype
 
     def forward(self, operand: Tensor, operand_scale: Tensor | None = None) -> Tensor:
