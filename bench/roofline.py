@@ -72,7 +72,7 @@ def run(names: Sequence[str], rows: Sequence[int] = ROWS) -> Iterator[Bound]:
 
 def bound(gpu: Gpu, layer: str, M: int, N: int, K: int) -> Bound:
     tile = triton_int8.TARGET.tile(_problem(gpu, N, K), M)
-    registers, shared = _resources(gpu, tile)
+    registers, shared = _resources(gpu.name, tile)
     resident = _resident(gpu, tile, registers, shared)
     programs = -(-M // tile.block_m) * -(-N // tile.block_n) * tile.split_k
     return Bound(
@@ -129,13 +129,13 @@ class _Linear(nn.Module):
 
 
 @cache
-def _resources(gpu: Gpu, tile: Tile) -> tuple[int, int]:
+def _resources(name: str, tile: Tile) -> tuple[int, int]:
     """Registers per thread and shared memory per program of the compiled kernel."""
     from fp4compile.lowering.testing import compile_for
 
     rows = tile.block_m if tile.block_m == 16 else tile.block_m - 1
     inputs = (torch.zeros(rows, _COMPILED_K, dtype=torch.int8), torch.ones(rows, 1))
-    (graph,) = compile_for(_Linear(), inputs, gpu, dynamic=True)
+    (graph,) = compile_for(_Linear(), inputs, GPUS[name], dynamic=True)
     kernel = next(kernel for kernel in graph.kernels if "_tem_" in kernel.name)
     return kernel.registers, kernel.shared_memory
 

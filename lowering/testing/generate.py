@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -16,6 +16,7 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_comp
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from fp4compile.errors import CompileError
@@ -99,7 +100,7 @@ def compiled_on_gpu(graph: fx.GraphModule) -> Callable[..., Any]:
 
     def move(traced: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         inputs = [_moved(node.meta["val"]) for node in traced.graph.find_nodes(op="placeholder")]
-        return compile_fx(_on_gpu(traced), inputs)
+        return cast(Callable[..., Any], compile_fx(_on_gpu(traced), inputs))
 
     inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
     return aot_module_simplified(
@@ -113,7 +114,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _moved(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, FakeTensor):
         return value
     with value.fake_mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_DEVICE)

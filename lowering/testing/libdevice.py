@@ -26,7 +26,7 @@ def _torch(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     return call
 
 
-_NAMES = {
+_NAMES: dict[str, Callable[..., torch.Tensor]] = {
     "abs": torch.abs,
     "ceil": torch.ceil,
     "copysign": torch.copysign,
