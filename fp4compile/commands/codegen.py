@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 import fp4compile
 from fp4compile.codegen import codegen, gpu_of
 from fp4compile.demo_model import load_demo_model
+from fp4compile.errors import CompileError, MissingDependencyError
 from fp4compile.tensor import FP4Tensor
 
 EXAMPLES = """
@@ -58,12 +60,27 @@ def command(
 
 
 def _load(name: str, layers: int | None) -> Any:
-    if name == "demo":
-        model, _ = load_demo_model()
-    else:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(name).eval()
+    model = load_demo_model()[0] if name == "demo" else _from_pretrained(name)
     if layers is not None:
-        del model.model.layers[layers:]
+        # Where most of transformers' decoders have them.
+        blocks = getattr(getattr(model, "model", None), "layers", None)
+        if blocks is None:
+            raise CompileError(f"{type(model).__name__} has no model.layers; leave out --layers")
+        del blocks[layers:]
     return model
+
+
+def _from_pretrained(name: str) -> Any:
+    if find_spec("transformers") is None:
+        raise MissingDependencyError(
+            "models are loaded by transformers, not installed here; "
+            "run: pip install 'fp4compile[hf]'"
+        )
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name).eval()
+    except (OSError, ValueError) as error:
+        raise CompileError(
+            f"cannot load {name!r}: {error}; give a causal language model's folder, or 'demo'"
+        ) from error
