@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fp4compile.coverage import Recorder
+from fp4compile.quantize_graph import quantize_graph
 from fp4compile.report import Report
 
 logger = logging.getLogger(__name__)
@@ -24,16 +26,33 @@ GRAPHS = 32
 
 
 def fp4compile_backend(
-    module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="fp4compile")``: Inductor with the fp4:: lowerings.
 
-    ``mode`` and ``options`` are Inductor's. Registered under the entry-point group
-    ``torch_dynamo_backends``, so the name works without importing fp4compile.
+    Registered under the entry-point group ``torch_dynamo_backends``, so the name works without
+    importing fp4compile.
+
+    Args:
+        mode: Inductor's.
+        options: Inductor's, and ``"recipe"``: a :class:`Recipe` or a path to one, by which the
+            weights of a full-precision model are quantized as it is compiled. They are read once,
+            like constants.
+
+    Raises:
+        RecipeError: the recipe cannot be read, or belongs to another model.
     """
-    load_lowerings()
-    inductor = torch._dynamo.lookup_backend("inductor")
-    compiled: Callable[..., Any] = inductor(module, list(example_inputs), **options)
+    options = dict(options or {})
+    recipe = options.pop("recipe", None)
+    if recipe is not None:
+        module = quantize_graph(module, example_inputs, recipe)
+    compiled: Callable[..., Any] = load_lowerings().compile_graph(
+        module, list(example_inputs), mode, options
+    )
     return compiled
 
 
@@ -43,13 +62,23 @@ def load_lowerings() -> ModuleType:
     return importlib.import_module("fp4compile.lowering")
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile(model)`` returned; other models as they are."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        load_lowerings()  # it compiles again once its weights are quantized
+        return uncompiled(model._orig_mod)
+    return model
+
+
 def compile_model(model: nn.Module) -> nn.Module:
     """Compile ``model``'s forward in place; batch and sequence stay dynamic.
 
     ``generate`` calls the forward, so it is compiled too; transformers' own compilation of the
-    decode step is switched off, since it would compile the compiled forward again.
+    decode step is switched off, since it would compile the compiled forward again. What
+    ``torch.compile`` returned stays as it is.
     """
     lowering = load_lowerings()
+    wrapper, model = model, uncompiled(model)
     report = getattr(model, "fp4_report", None)
     if isinstance(report, Report):
         kernels = {
@@ -61,8 +90,11 @@ def compile_model(model: nn.Module) -> nn.Module:
         counts = Counter(choice.target for choice in kernels.values())
         logger.info("kernels: %s", ", ".join(f"{n} x {target}" for target, n in counts.items()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    model.compile(backend=fp4compile_backend, dynamic=True)
+    if wrapper is model:
+        recorder = Recorder(fp4compile_backend, lowering)
+        model.fp4_recorder = recorder  # type: ignore[assignment]  # read by verify()
+        model.compile(backend=recorder, dynamic=True)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True
-    return model
+    return wrapper

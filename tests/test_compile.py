@@ -102,7 +102,6 @@ def test_torch_compile_takes_quantized_models(backend):
     x = torch.randn(5, 16)
     model = fp4compile.quantize(Linears(), [x], progress=False)
     expected = model(x)
-    fp4compile.load_lowerings()
     got = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)(x)
     assert torch.equal(got, expected)
 
@@ -124,3 +123,50 @@ def test_quantize_and_compile_returns_the_same_model():
     assert fp4compile.quantize_and_compile(model, [x], progress=False) is model
     assert model(x).shape == (5, 8)
     assert model.fp4_report.kernels
+
+
+class Stream:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+VARIANTS = {
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "beams": {"num_beams": 2, "do_sample": False},
+    "static-cache": {"cache_implementation": "static", "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_way_to_generate_gives_the_tokens_of_the_eager_model(eager, compiled, variant):
+    options = {**VARIANTS[variant], "max_new_tokens": 6}
+    prompt = tokens(3, 5, seed=4)
+    outputs = []
+    for model in (compiled, eager):
+        torch.manual_seed(0)  # of the sampling
+        outputs.append(model.generate(prompt, **options))
+    assert torch.equal(*outputs)
+
+
+def test_streaming(eager, compiled):
+    prompt, stream = tokens(1, 5, seed=4), Stream()
+    got = compiled.generate(prompt, max_new_tokens=4, do_sample=False, streamer=stream)
+    assert stream.tokens == got[0].tolist()
+    assert stream.ended
+    assert torch.equal(got, eager.generate(prompt, max_new_tokens=4, do_sample=False))
+
+
+def test_an_fp4_draft_assists_a_full_precision_model(compiled):
+    target = tiny_llama(layers=1)
+    prompt = tokens(1, 5, seed=4)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = target.generate(prompt, **options)
+    assert torch.equal(target.generate(prompt, assistant_model=compiled, **options), expected)
