@@ -8,12 +8,13 @@ import torch
 from fp4compile.errors import CompileError
 from fp4compile.lowering.gpus import GPUS, gpu_by_name
 
-# In the PTX or, for AMD, machine code. Triton 3.7 has no int8 for sm_100's own instruction.
+# In the PTX or, for AMD, machine code.
 INT8 = {
     "sm_80": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
     "sm_89": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
     "sm_90": "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8",
-    "sm_100": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
+    # Triton 3.7 does not know sm_100's own instruction for int8, 3.9 does.
+    "sm_100": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32|kind::i8",
     "sm_120": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
     "gfx942": "v_mfma_i32_32x32x16_i8",
     "gfx950": "v_mfma_i32_32x32x32_i8",
@@ -37,7 +38,7 @@ def compiled(linear, inputs, name):
 @pytest.mark.parametrize("name", INT8)
 def test_int8_tensor_cores(layer, int8_operand, name):
     kernel = compiled(layer(256, 512), (int8_operand(300, 512), torch.rand(300, 1)), name)
-    assert INT8[name] in kernel.assembly
+    assert any(instruction in kernel.assembly for instruction in INT8[name].split("|"))
     assert ("prmt.b32" in kernel.assembly) == kernel.is_nvidia
     assert kernel.local_memory == 0
     assert kernel.shared_memory <= GPUS[name].shared_memory
