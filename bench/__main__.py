@@ -15,10 +15,12 @@ from bench import accuracy as accuracy_bench
 from bench import digits as digits_bench
 from bench import families as families_bench
 from bench import gemm as gemm_bench
+from bench import roofline as paper
 from bench import sts as sts_bench
 from bench.compare import DEFAULT_NOISE
 from bench.compare import compare as compare_files
 from bench.machine import measure_machine
+from fp4compile.lowering.gpus import GPUS, gpu_by_name
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -41,20 +43,48 @@ def gemm(
     ],
     threads: Annotated[int, typer.Option(help="Threads for everybody.")] = 1,
     repetitions: Annotated[int, typer.Option(help="Turns per candidate.")] = 9,
+    device: Annotated[str, typer.Option(help="cpu, or cuda on a machine with a GPU.")] = "cpu",
     json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
 ) -> None:
-    """One linear layer: FP4 beside bf16 and fp32, activation quantization included."""
+    """One linear layer: FP4 beside bf16 and fp32, activation quantization included.
+
+    On a GPU that the table of lowering/gpus.py knows, the computed bound of "fp4 w4a4" as well.
+    """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"torch sees no GPU for --device {device}")
     shapes = [(int(n), int(k)) for n, k in (text.lower().split("x") for text in shape)]
-    for result in gemm_bench.run(shapes, m, threads, repetitions):
+    for result in gemm_bench.run(shapes, m, threads, repetitions, device):
         timing = result.timing
         typer.echo(
             f"{result.N}x{result.K} M={result.M:<4} {result.name:<18}"
             f"{timing.median * 1e3:9.3f} ms ({timing.low * 1e3:.3f} to {timing.high * 1e3:.3f})"
             f"{result.gops:9.1f} GOPS, weights read at {result.bandwidth_share:.0%} of bandwidth"
         )
+        if device != "cpu" and result.name == "fp4 w4a4":
+            typer.echo(_computed(result.M, result.N, result.K))
         if json_path is not None:
             with json_path.open("a") as lines:
                 lines.write(json.dumps(result.to_json()) + "\n")
+
+
+def _computed(M: int, N: int, K: int) -> str:
+    name = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if name not in GPUS:
+        return f"{'':24}no datasheet of {name} in lowering/gpus.py"
+    gpu = GPUS[name]
+    seconds = max(paper.memory_seconds(gpu, M, N, K), paper.compute_seconds(gpu, M, N, K))
+    return f"{'':24}the datasheet of {gpu.product} allows {seconds * 1e3:.3f} ms"
+
+
+@app.command()
+def roofline(
+    target: Annotated[
+        list[str] | None, typer.Option(help="A GPU, as sm_90; repeatable. All without.")
+    ] = None,
+) -> None:
+    """Bounds of GPU kernels from datasheets and compiled code; computed, not measured."""
+    names = [gpu_by_name(name).name for name in target or GPUS]
+    typer.echo(paper.markdown(list(paper.run(names))))
 
 
 @app.command()

@@ -36,36 +36,51 @@ class GemmResult:
     timing: Timing
     gops: float
     bandwidth_share: float
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
 def run(
-    shapes: list[tuple[int, int]], rows: list[int], threads: int, repetitions: int
+    shapes: list[tuple[int, int]],
+    rows: list[int],
+    threads: int,
+    repetitions: int,
+    device: str = "cpu",
 ) -> Iterator[GemmResult]:
     """Results for every shape (N, K) and M, all candidates of one M in one interleaved run."""
     torch.set_num_threads(threads)
     fp4compile.load_lowerings()
-    buffer = torch.ones(BANDWIDTH_FLOATS)
-    for N, K in shapes:
-        layers = _layers(N, K)
-        for M in rows:
-            x = torch.randn(M, K)
-            calls = {name: make(x) for name, make in layers.items()}
-            timings = interleave({**calls, "read": buffer.sum}, repetitions=repetitions)
-            bandwidth = buffer.nbytes / timings["read"].median
-            for name in calls:
-                yield _result(name, M, N, K, threads, timings[name], bandwidth)
+    with torch.device(device):
+        # A GPU's caches hold more.
+        buffer = torch.ones(BANDWIDTH_FLOATS * (1 if device == "cpu" else 8))
+        for N, K in shapes:
+            layers = _layers(N, K)
+            for M in rows:
+                x = torch.randn(M, K)
+                calls = {name: make(x) for name, make in layers.items()}
+                timings = interleave(
+                    {**calls, "read": buffer.sum},
+                    repetitions=repetitions,
+                    finish=_nothing if device == "cpu" else torch.cuda.synchronize,
+                )
+                bandwidth = buffer.nbytes / timings["read"].median
+                for name in calls:
+                    yield _result(name, M, N, K, threads, timings[name], bandwidth, device)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _result(
-    name: str, M: int, N: int, K: int, threads: int, timing: Timing, bandwidth: float
+    name: str, M: int, N: int, K: int, threads: int, timing: Timing, bandwidth: float, device: str
 ) -> GemmResult:
     bits = {"fp32": 32, "bf16": 16, "fp4 w4a4 block 32": 4 + 8 / BLOCK_SIZE}.get(name, 4)
     rate = N * K * bits / 8 / timing.median
     gops = 2 * M * N * K / timing.median / 1e9
-    return GemmResult(name, M, N, K, threads, timing, gops, rate / bandwidth)
+    return GemmResult(name, M, N, K, threads, timing, gops, rate / bandwidth, device)
 
 
 def _layers(N: int, K: int) -> dict[str, Callable[[Tensor], Callable[[], Tensor]]]:

@@ -14,7 +14,17 @@ from typing import Annotated, Any
 import typer
 
 import fp4compile
-from fp4compile.commands import bench, demo, doctor, evaluate, generate, inspect, quantize, report
+from fp4compile.commands import (
+    bench,
+    codegen,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    quantize,
+    report,
+)
 from fp4compile.errors import Fp4CompileError
 
 MISTAKE, INTERRUPTED = 1, 130
@@ -28,6 +38,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "inspect": (inspect.command, inspect.EXAMPLES),
     "bench": (bench.command, bench.EXAMPLES),
     "report": (report.command, report.EXAMPLES),
+    "codegen": (codegen.command, codegen.EXAMPLES),
     "doctor": (doctor.command, doctor.EXAMPLES),
     "demo": (demo.command, ""),
 }

@@ -19,7 +19,7 @@ class Target(Protocol):
 
     @property
     def name(self) -> str:
-        """What ``config.cpu_target`` calls it."""
+        """What ``config.cpu_target`` or ``config.gpu_target`` calls it."""
 
     def supports(self, problem: GemmProblem) -> str | None:
         """None, or the reason for declining ``problem``."""
@@ -38,17 +38,18 @@ def choose(problem: GemmProblem, targets: Sequence[Target]) -> tuple[Target | No
     A choice is logged when it first comes up: INFO for a target, WARNING for the reference.
 
     Raises:
-        CompileError: ``config.cpu_target`` names no target.
+        CompileError: ``config.cpu_target`` or ``config.gpu_target`` names no target.
     """
     reasons: list[str] = []
-    allowed = _allowed(targets)
+    setting = config.setting(problem.device)
+    allowed = _allowed(targets, setting)
     for target in allowed:
         reason = target.supports(problem)
         if reason is None:
             return target, record(problem, target.name, reasons)
         reasons.append(f"{target.name}: {reason}")
     if not allowed:
-        reasons.append("forced by config.cpu_target")
+        reasons.append(f"forced by config.{setting}")
     return None, record(problem, REFERENCE, reasons)
 
 
@@ -63,13 +64,13 @@ def record(problem: object, target: str, reasons: Sequence[str] = ()) -> KernelC
     return choice
 
 
-def _allowed(targets: Sequence[Target]) -> Sequence[Target]:
-    forced = config.cpu_target
+def _allowed(targets: Sequence[Target], setting: str) -> Sequence[Target]:
+    forced = getattr(config, setting)
     if forced is None:
         return targets
     names = [target.name for target in targets]
     if forced not in (*names, REFERENCE):
         raise CompileError(
-            f"cpu_target={forced!r} is unknown; choose one of {', '.join((*names, REFERENCE))}"
+            f"{setting}={forced!r} is unknown; choose one of {', '.join((*names, REFERENCE))}"
         )
     return [target for target in targets if target.name == forced]

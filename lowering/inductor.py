@@ -1,4 +1,4 @@
-"""The only file that touches torch._inductor privates.
+"""Privates of torch._inductor; those of Triton templates are in inductor_gpu.py.
 
 Facts it relies on, checked by tests/lowering: CppTemplate renders twice (once to name the
 arguments, once with the epilogue that the scheduler fused); Inductor's on-disk cache does not see

@@ -25,6 +25,7 @@ class GemmProblem:
     bias: bool
     out_dtype: torch.dtype
     device: str = "cpu"
+    architecture: str = ""  # of a GPU, "sm_90" or "gfx942"
 
     @property
     def formats(self) -> tuple[FloatFormat, ...]:

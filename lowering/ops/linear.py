@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from fp4compile.kernels import KernelChoice
-from fp4compile.lowering import inductor
+from fp4compile.lowering import inductor, inductor_gpu
 from fp4compile.lowering.choice import choose, log
 from fp4compile.lowering.ops.grouped_linear import grouped_kernel
 from fp4compile.lowering.problem import GemmProblem
-from fp4compile.lowering.targets import CPU_TARGETS
+from fp4compile.lowering.targets import TritonTarget, targets_of
 from fp4compile.ops.quantize_activation import operand_dtype
 from fp4compile.tensor import FP4Tensor
 
@@ -40,14 +40,14 @@ def linear(
         block_size=inductor.static_int(block_size),
         bias=bias is not None,
         out_dtype=out_dtype,
-        device=operand.get_device().type,
+        **_place(operand.get_device()),
     )
     if not inductor.source_hash_installed():
         log.warning(
             "post_grad_custom_pre_pass was assigned after fp4compile.lowering was imported; "
             "Inductor's cache may serve kernels of another version of fp4compile"
         )
-    target, _ = choose(problem, CPU_TARGETS)
+    target, _ = choose(problem, targets_of(problem.device))
     if target is None:
         return _reference(
             operand,
@@ -69,15 +69,20 @@ def linear(
         inputs["block_scale"] = inductor.as_matrix(block_scale)
     if operand_scale is not None:
         inputs["operand_scale"] = inductor.as_vector(operand_scale)
+    batch = operand.get_size()[:-1]
+    if isinstance(target, TritonTarget):
+        if bias is not None:
+            inputs["bias"] = inductor.as_vector(bias)
+        return inductor_gpu.gemm(target, problem, inputs, batch)
     if bias is not None:
         inputs["bias"] = inductor.as_vector(inductor.to_dtype(bias, torch.float32))
-    return inductor.gemm(
-        f"fp4_{target.name}",
-        target.source(problem),
-        problem,
-        inputs,
-        batch=operand.get_size()[:-1],
-    )
+    return inductor.gemm(f"fp4_{target.name}", target.source(problem), problem, inputs, batch)
+
+
+def _place(device: torch.device) -> dict[str, str]:
+    if device.type != "cuda":
+        return {"device": device.type}
+    return {"device": device.type, "architecture": inductor_gpu.architecture(device)}
 
 
 def _granularity(operand_scale: Any, block_scale: Any) -> str | None:
@@ -109,6 +114,6 @@ def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
         block_size=weight.block_size,
         bias=bias,
         out_dtype=weight.dtype,
-        device=weight.device.type,
+        **_place(weight.device),
     )
-    return choose(problem, CPU_TARGETS)[1]
+    return choose(problem, targets_of(problem.device))[1]

@@ -16,7 +16,7 @@ from fp4compile.lowering.choice import record
 from fp4compile.lowering.config import config
 from fp4compile.lowering.problem import ActivationProblem
 from fp4compile.lowering.targets.template import text
-from fp4compile.numerics import power_of_two, scale_for_max
+from fp4compile.numerics import power_of_two
 from fp4compile.ops.quantize_activation import operand_dtype
 
 _OP = torch.ops.fp4.quantize_activation.default
@@ -45,10 +45,10 @@ def quantize_activation(
     if exponent_shift is not None and not shift_folded:
         values = values * power_of_two(-exponent_shift)
     if granularity == "token":
-        operand_scale = scale_for_max(values.abs().amax(dim=-1, keepdim=True) * scale, fmt)
+        operand_scale = _scale_for_max(values.abs().amax(dim=-1, keepdim=True) * scale, fmt)
     else:
         operand_scale = scale.clone()
-    rounded = _round_steps(values * operand_scale.reciprocal(), fmt)
+    rounded = _round_steps(values * _divide(torch.ones_like(operand_scale), operand_scale), fmt)
     if exponent_shift is not None and not shift_in_weight:
         rounded = rounded * power_of_two(exponent_shift)
     return rounded.to(operand_dtype(format)), operand_scale
@@ -116,6 +116,17 @@ def _declines(problem: ActivationProblem) -> str | None:
     if config.cpu_target == REFERENCE:
         return "forced by config.cpu_target"
     return None
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b rounded to nearest: Triton's own division is not, but that of addcdiv is."""
+    return torch.addcdiv(torch.zeros_like(b), a, b)
+
+
+def _scale_for_max(maximum: Tensor, fmt: FloatFormat) -> Tensor:
+    """As ``numerics.scale_for_max``."""
+    scale = _divide(maximum, torch.full_like(maximum, fmt.max_integer))
+    return torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
 
 
 def _round_steps(steps: Tensor, fmt: FloatFormat) -> Tensor:

@@ -1,12 +1,33 @@
-"""CPU targets, best first; the first that supports a problem computes it."""
+"""Targets of each kind of device, best first; the first that supports a problem computes it."""
 
-from fp4compile.lowering.targets import cpp_avx2, cpp_avx512, cpp_portable
+from collections.abc import Sequence
+
+from fp4compile.lowering.targets import (
+    cpp_avx2,
+    cpp_avx512,
+    cpp_portable,
+    triton_blocks,
+    triton_float,
+    triton_int8,
+)
 from fp4compile.lowering.targets.template import CppTarget
+from fp4compile.lowering.targets.triton_gemm import TritonTarget
 
 CPU_TARGETS: tuple[CppTarget, ...] = (
     cpp_avx512.TARGET,
     cpp_avx2.TARGET,
     cpp_portable.TARGET,
 )
+GPU_TARGETS: tuple[TritonTarget, ...] = (
+    triton_int8.TARGET,
+    triton_float.TARGET,
+    triton_blocks.TARGET,
+)
 
-__all__ = ["CPU_TARGETS", "CppTarget"]
+
+def targets_of(device: str) -> Sequence[CppTarget] | Sequence[TritonTarget]:
+    """Targets of a type of device; the CPU's, which will decline, where none is written."""
+    return GPU_TARGETS if device == "cuda" else CPU_TARGETS
+
+
+__all__ = ["CPU_TARGETS", "GPU_TARGETS", "CppTarget", "TritonTarget", "targets_of"]

@@ -1,0 +1,92 @@
+"""TritonTarget: what the GPU targets share, from declining a layout to choosing a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fp4compile.lowering.problem import GemmProblem
+from fp4compile.lowering.targets.template import text
+
+# About what data-centre GPUs of the last generations have.
+MULTIPROCESSORS = 128
+FIRST_CAPABILITY = 80
+AMD_TRIED = ("gfx942", "gfx950")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program of the grid computes, and with how many warps; K is split ``split_k`` ways."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+    group_m: int = 8
+
+
+@dataclass(frozen=True)
+class TritonTarget:
+    """A Triton kernel family. ``body`` names the text of its sum over K; ``declines`` gives its own
+    reasons; ``parameters`` what the text takes beside the problem; ``tile`` the tile for M rows.
+    """
+
+    name: str
+    body: str
+    declines: Callable[[GemmProblem], str | None]
+    parameters: Callable[[GemmProblem], dict[str, Any]]
+    tile: Callable[[GemmProblem, int], Tile]
+
+    def supports(self, problem: GemmProblem) -> str | None:
+        """None, or the reason for declining ``problem``."""
+        return _layout_reason(problem) or self.declines(problem)
+
+    def source(self, problem: GemmProblem) -> str:
+        """Kernel text (jinja); only a tile's sizes are missing."""
+        parameters = {
+            "N": problem.N,
+            "K": problem.K,
+            "OPERAND_SCALE": problem.operand_scale or "",
+            "BIAS": problem.bias,
+            "BLOCK_SCALES": problem.block_size > 0,
+            **self.parameters(problem),
+        }
+        settings = [f"{{%- set {name} = {value!r} %}}" for name, value in parameters.items()]
+        parts = ("triton_unpack", "triton_tiles", self.body, "triton_store")
+        return "\n".join((*settings, *map(text, parts)))
+
+
+def _layout_reason(problem: GemmProblem) -> str | None:
+    if problem.device != "cuda":
+        return f"the operand is on {problem.device}"
+    if problem.format.bits != 4:
+        return f"{problem.weight_format} has {problem.format.bits} bits; the kernels read nibbles"
+    return None
+
+
+def declines_architecture(problem: GemmProblem) -> str | None:
+    """The reason of every family whose instructions begin with Ampere."""
+    if capability(problem) >= FIRST_CAPABILITY or problem.architecture in AMD_TRIED:
+        return None
+    return f"{problem.architecture} was not tried, only sm_80 and later, {', '.join(AMD_TRIED)}"
+
+
+def splits(problem: GemmProblem, block_n: int, block_k: int) -> int:
+    """In how many parts to divide K so that a grid of one row of tiles keeps the GPU busy.
+
+    A part has two steps at least; Inductor unrolls the sum of 8 parts at most into its reader.
+    """
+    programs = -(-problem.N // block_n)
+    split = 1
+    while split < 8 and programs * split < MULTIPROCESSORS and 4 * split * block_k <= problem.K:
+        split *= 2
+    return split
+
+
+def capability(problem: GemmProblem) -> int:
+    """NVIDIA's compute capability times ten; 0 for other vendors."""
+    vendor, _, number = problem.architecture.partition("_")
+    return int(number) if vendor == "sm" else 0

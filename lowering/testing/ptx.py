@@ -1,0 +1,95 @@
+"""Inline assembly for the interpreter: the few PTX instructions of ``unpack.py``, on arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from numpy.typing import NDArray
+from triton.runtime.interpreter import TensorHandle
+
+Words = NDArray[np.uint32]
+
+
+def _prmt(a: Words, b: Words, selectors: Words) -> Words:
+    """PTX ISA, prmt in its default mode: every byte by a nibble of ``selectors``."""
+    joined = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros(np.broadcast_shapes(a.shape, b.shape, selectors.shape), np.uint32)
+    for i in range(4):
+        selector = selectors >> np.uint32(4 * i)
+        byte = (joined >> (8 * (selector & 7)).astype(np.uint64)).astype(np.uint32) & np.uint32(255)
+        sign = np.where(byte >= 128, np.uint32(255), np.uint32(0))
+        result |= np.where(selector & 8, sign, byte) << np.uint32(8 * i)
+    return result
+
+
+def _lop3(a: Words, b: Words, c: Words, table: Words) -> Words:
+    result = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), np.uint32)
+    for row in range(8):
+        if int(table) >> row & 1:
+            bits = [x if row & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1))]
+            result |= bits[0] & bits[1] & bits[2]
+    return result
+
+
+_INSTRUCTIONS: dict[str, Callable[..., Words]] = {
+    "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
+    "shl.b32": np.left_shift,
+    "shr.u32": np.right_shift,
+    "prmt.b32": _prmt,
+    "lop3.b32": _lop3,
+}
+
+
+def emulate(assembly: str, outputs: int, inputs: Sequence[Words]) -> list[Words]:
+    """Registers ``$0`` to ``$outputs-1`` after ``assembly`` ran on ``inputs``, the next registers.
+
+    Raises:
+        NotImplementedError: an instruction that is not in the table.
+    """
+    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+    for line in assembly.strip("{} \n").split(";"):
+        name, *operands = re.split(r"[\s,]+", line.strip())
+        if name in ("", ".reg"):
+            continue
+        if name not in _INSTRUCTIONS:
+            raise NotImplementedError(f"the emulator has no {name}; it has {list(_INSTRUCTIONS)}")
+        destination, *sources = operands
+        values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
+        registers[destination] = _INSTRUCTIONS[name](*values)
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+def inline_asm_elementwise(
+    asm: str, constraints: str, args: Sequence[Any], dtype: Any, is_pure: bool, pack: int
+) -> Any:
+    """Triton's function of that name, for tensors of the interpreter."""
+    outputs = constraints.count("=")
+    words = [_words(arg.handle.data, pack) for arg in args]
+    registers = emulate(asm, outputs, words)
+    dtypes = dtype if isinstance(dtype, (tuple, list)) else (dtype,)
+    each = outputs // len(dtypes)
+    shape = args[0].shape
+    tensors = [
+        _tensor(registers[i * each : (i + 1) * each], kind, shape) for i, kind in enumerate(dtypes)
+    ]
+    return tuple(tensors) if isinstance(dtype, (tuple, list)) else tensors[0]
+
+
+def _words(data: NDArray[Any], pack: int) -> Words:
+    assert data.itemsize * pack == 4, "one register of packed elements per argument"
+    return np.ascontiguousarray(data).reshape(-1, pack).view(np.uint32)[:, 0]
+
+
+# The interpreter keeps bfloat16 as its bits.
+_STORED = {tl.int8: np.int8, tl.float16: np.float16, tl.bfloat16: np.uint16}
+
+
+def _tensor(registers: Sequence[Words], dtype: Any, shape: Any) -> Any:
+    data = np.stack(registers, axis=-1).view(_STORED[dtype])
+    sizes = [int(size) for size in shape]
+    return tl.tensor(TensorHandle(data.reshape(sizes), dtype), tl.block_type(dtype, sizes))

@@ -1,0 +1,94 @@
+"""Block scales as the GPU's code computes them, in Triton's interpreter, against the eager op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fp4compile.blocks import SECOND_FORMAT, block_count
+from fp4compile.lowering.choice import SEEN
+from fp4compile.lowering.gpus import GPUS
+from fp4compile.packing import pack
+
+linear = torch.ops.fp4.linear
+
+
+class BlockLayer(nn.Module):
+    """``fp4::linear`` with E4M3 scales of all magnitudes, subnormal ones too, and both formats."""
+
+    def __init__(self, N: int, K: int, format: str, block_size: int) -> None:
+        super().__init__()
+        codes = torch.randint(0, 127, (N, block_count(K, block_size)), dtype=torch.uint8)
+        flags = SECOND_FORMAT * torch.randint(0, 1 + ("|" in format), codes.shape)
+        self.register_buffer("packed", pack(torch.randint(0, 16, (N, K)).byte(), 4))
+        self.register_buffer("outer", torch.tensor([0.03]))
+        self.register_buffer("block_scale", codes | flags.byte())
+        self.register_buffer("bias", torch.randn(N))
+        self.format, self.block_size = format, block_size
+
+    def forward(self, operand, operand_scale=None):
+        return linear(
+            operand,
+            operand_scale,
+            self.packed,
+            self.outer,
+            self.bias,
+            self.format,
+            torch.float32,
+            self.block_scale,
+            self.block_size,
+        )
+
+
+@pytest.mark.parametrize(
+    ("format", "block_size", "granularity", "M"),
+    [
+        ("e2m1|e1m2", 32, "block", 5),
+        ("e2m1", 16, "block", 70),
+        ("e2m1|e1m2", 64, "token", 20),
+        ("e3m0", 32, None, 1),
+    ],
+)
+def test_int8_operand(int8_operand, format, block_size, granularity, M):
+    from fp4compile.lowering.testing import interpret
+
+    torch.manual_seed(0)
+    N, K = 40, 136
+    blocks = block_count(K, block_size)
+    scale = {"block": torch.rand(M, blocks), "token": torch.rand(M, 1), None: None}[granularity]
+    layer, inputs = BlockLayer(N, K, format, block_size), (int8_operand(M, K), scale)
+    expected = layer(*inputs)
+    result = interpret(layer, inputs, GPUS["sm_90"], dynamic=True)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+    assert {choice.target for choice in SEEN} == {"triton_blocks"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_weight_only(dtype):
+    from fp4compile.lowering.testing import interpret
+
+    torch.manual_seed(0)
+    layer, inputs = BlockLayer(40, 96, "e2m1|e1m2", 32), (torch.randn(9, 96).to(dtype),)
+    expected = layer(*inputs)
+    result = interpret(layer, inputs, GPUS["sm_90"], dynamic=True)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "block_size", "instruction"),
+    [
+        ("sm_80", 32, "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"),
+        ("sm_90", 32, "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"),
+        ("sm_90", 16, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"),
+    ],
+)
+def test_instructions(int8_operand, name, block_size, instruction):
+    from fp4compile.lowering.testing import compile_for
+
+    layer = BlockLayer(256, 256, "e2m1|e1m2", block_size)
+    inputs = (int8_operand(200, 256), torch.rand(200, 256 // block_size))
+    (graph,) = compile_for(layer, inputs, GPUS[name], dynamic=True)
+    (kernel,) = graph.kernels
+    assert instruction in kernel.assembly
+    assert kernel.local_memory == 0
