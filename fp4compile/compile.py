@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fp4compile.program.dispatch import Dispatcher
 from fp4compile.report import Report
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,13 @@ def compile_model(model: nn.Module) -> nn.Module:
         logger.info("kernels: %s", ", ".join(f"{n} x {target}" for target, n in counts.items()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     model.compile(backend=fp4compile_backend, dynamic=True)
+    model._compiled_call_impl = Dispatcher(
+        model,
+        lambda region, fake_mode: lowering.compile_graph(region.graph, fake_mode),
+        model._compiled_call_impl,
+    )
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True
+        generation_config.cache_implementation = "static"
     return model

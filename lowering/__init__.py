@@ -14,4 +14,6 @@ inductor.install_source_hash(lambda: repr(config))
 from fp4compile.lowering import ops  # noqa: E402, F401
 from fp4compile.lowering.ops.linear import kernel_for  # noqa: E402
 
-__all__ = ["config", "kernel_for"]
+compile_graph = inductor.compile_graph
+
+__all__ = ["compile_graph", "config", "kernel_for"]

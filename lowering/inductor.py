@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor import lowering as inductor_lowering  # must precede codegen.cpp_template
@@ -26,10 +27,12 @@ from torch._inductor.codegen.cpp_gemm_template import (
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import register_decomposition
 from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V, ops
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fp4compile
 from fp4compile.errors import CompileError
@@ -258,6 +261,17 @@ def _copy(source: Any, destination: Any) -> Any:
         inner_fn=lambda index: ops.to_dtype(load(index), dtype),
     )
     return ir.ComputedBuffer(name=destination.get_name(), layout=destination.layout, data=data)
+
+
+def compile_graph(graph: torch.fx.Graph, fake_mode: FakeTensorMode) -> Callable[..., Any]:
+    """A function of the placeholders of ``graph`` that returns its outputs.
+
+    ``node.meta["val"]`` of the placeholders says what they are, sizes perhaps symbolic.
+    """
+    inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    with tracing(TracingContext(fake_mode)), torch.no_grad():
+        compiled: Callable[..., Any] = compile_fx(torch.fx.GraphModule({}, graph), inputs)
+    return compiled
 
 
 def register(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

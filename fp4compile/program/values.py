@@ -1,0 +1,227 @@
+"""Nested arguments and results as flat tensors plus a template, key-value caches included."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What may stand between tensors; equal ones make equal programs.
+CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+class NotFlat(Exception):
+    """A value that programs cannot take; the message says which."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for the tensor (or number) at ``index`` of the flat values."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class InputCache:
+    """Stands for the ``index``-th cache that the caller passed in."""
+
+    index: int
+
+
+def cache_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
+    """(caches, their layers) that are known to consist of tensors and constants."""
+    module = sys.modules.get("transformers.cache_utils")
+    if module is None:
+        return (), ()
+    return (module.StaticCache, module.DynamicCache), (module.StaticLayer, module.DynamicLayer)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether ``value`` is a key-value cache of transformers."""
+    module = sys.modules.get("transformers.cache_utils")
+    return module is not None and isinstance(value, module.Cache)
+
+
+def check_cache(cache: Any) -> None:
+    """Raise NotFlat where ``cache`` keeps more than tensors and constants."""
+    caches, layers = cache_types()
+    if type(cache) not in caches or getattr(cache, "offloading", False):
+        raise NotFlat(f"a {type(cache).__name__} is none of {[kind.__name__ for kind in caches]}")
+    for layer in cache.layers:
+        if type(layer) not in layers:
+            raise NotFlat(f"a cache with a {type(layer).__name__}")
+
+
+class Flattened:
+    """``tensors`` and ``caches`` of a call in order of appearance, and the ``key`` of the rest."""
+
+    def __init__(self, value: Any) -> None:
+        self.tensors: list[Tensor] = []
+        self.caches: list[Any] = []
+        key: list[Any] = []
+        self._add(value, key)
+        self.key = tuple(key)
+
+    def _add(self, value: Any, key: list[Any]) -> None:
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            key.append(
+                (value.dtype, value.device, *[size if size < 2 else -1 for size in value.shape])
+            )
+        elif isinstance(value, CONSTANTS):
+            # The type too: True == 1 == 1.0.
+            key.append((type(value), value))
+        elif isinstance(value, (tuple, list)):
+            key.append((type(value), len(value)))
+            for item in value:
+                self._add(item, key)
+        elif isinstance(value, dict):
+            key.append((type(value), tuple(value)))
+            for item in value.values():
+                self._add(item, key)
+        elif is_cache(value):
+            self._add_cache(value, key)
+        else:
+            raise NotFlat(f"an argument of type {type(value).__name__}")
+
+    def _add_cache(self, cache: Any, key: list[Any]) -> None:
+        check_cache(cache)
+        self.caches.append(cache)
+        key.append((type(cache), len(cache.layers)))
+        for layer in cache.layers:
+            for name, value in vars(layer).items():
+                if name == "max_cache_len" and layer.is_initialized:
+                    continue  # the length of its tensors
+                self._add(value, key)
+
+
+def substitute(value: Any, replace: Callable[[Tensor], Tensor], caches: list[Any]) -> Any:
+    """``value`` with every tensor replaced in the order of :class:`Flattened`.
+
+    Caches are copied; the copies are appended to ``caches``.
+    """
+    if isinstance(value, Tensor):
+        return replace(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(substitute(item, replace, caches) for item in value)
+    if isinstance(value, dict):
+        return {name: substitute(item, replace, caches) for name, item in value.items()}
+    if is_cache(value):
+        clone = copy.copy(value)
+        clone.layers = [_substitute_layer(layer, replace) for layer in value.layers]
+        caches.append(clone)
+        return clone
+    return value
+
+
+def _substitute_layer(layer: Any, replace: Callable[[Tensor], Tensor]) -> Any:
+    clone = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            setattr(clone, name, replace(value))
+    if clone.is_initialized and hasattr(clone, "max_cache_len"):
+        clone.max_cache_len = clone.keys.shape[2]  # symbolic where the tensor is
+    return clone
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What a call left in one layer of a cache: attributes, of which tensors are slots."""
+
+    layer: Any
+    attributes: dict[str, Any]
+
+
+class Results:
+    """Template of a call's result and of what it left in its caches; ``values`` fill the slots."""
+
+    def __init__(self, result: Any, caches: Sequence[Any]) -> None:
+        self.values: list[Any] = []
+        self._caches = caches
+        self.result = self._template(result)
+        self.cache_states = [
+            tuple(self._layer(layer) for layer in cache.layers) for cache in caches
+        ]
+
+    def _template(self, value: Any) -> Any:
+        if isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self._slot(value)
+        if is_cache(value):
+            for index, cache in enumerate(self._caches):
+                if value is cache:
+                    return InputCache(index)
+            check_cache(value)
+            clone = copy.copy(value)
+            clone.layers = [self._layer(layer) for layer in value.layers]
+            return clone
+        if isinstance(value, CONSTANTS):
+            return value
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._template(item) for item in value)
+        if isinstance(value, dict):
+            return type(value)(**{name: self._template(item) for name, item in value.items()})
+        raise NotFlat(f"a result of type {type(value).__name__}")
+
+    def _slot(self, value: Any) -> Slot:
+        for index, known in enumerate(self.values):
+            if known is value:
+                return Slot(index)
+        self.values.append(value)
+        return Slot(len(self.values) - 1)
+
+    def _layer(self, layer: Any) -> LayerState:
+        attributes = {
+            name: self._template(value)
+            for name, value in vars(layer).items()
+            # The same number for as long as the layer lives, here symbolic.
+            if not (name == "max_cache_len" and layer.is_initialized)
+        }
+        return LayerState(layer, attributes)
+
+
+def fill(template: Any, values: Sequence[Any], caches: Sequence[Any]) -> Any:
+    """The result that ``template`` stands for."""
+    if isinstance(template, Slot):
+        return values[template.index]
+    if isinstance(template, InputCache):
+        return caches[template.index]
+    if isinstance(template, (tuple, list)):
+        return type(template)(fill(item, values, caches) for item in template)
+    if isinstance(template, dict):
+        return type(template)(
+            **{name: fill(item, values, caches) for name, item in template.items()}
+        )
+    if is_cache(template):
+        cache = copy.copy(template)
+        cache.layers = [new_layer(state, values) for state in template.layers]
+        return cache
+    return template
+
+
+def new_layer(state: LayerState, values: Sequence[Any]) -> Any:
+    """A layer of a cache in the state ``state``."""
+    layer = copy.copy(state.layer)
+    for name, template in state.attributes.items():
+        setattr(layer, name, fill(template, values, ()))
+    return layer
+
+
+def initialize_caches(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Allocate static caches that wait for their first call.
+
+    Inside a program their length would be a constant.
+    """
+    for cache in (*args, *kwargs.values()):
+        if not is_cache(cache) or type(cache) is not cache_types()[0][0]:
+            continue
+        if all(layer.is_initialized for layer in cache.layers):
+            continue
+        shape = module._get_static_cache_init_shape()
+        tokens = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if shape is not None:
+            cache.early_initialization(len(tokens), *shape, module.dtype, module.device)

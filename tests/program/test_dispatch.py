@@ -1,0 +1,96 @@
+"""Programs compute what the eager model computes, once per kind of call and per kind of block."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from models import tiny_llama, tokens
+from torch import nn
+
+import fp4compile
+from fp4compile.compile import compile_model
+from fp4compile.tensor import FP4Tensor
+
+LAYERS = 3
+GREEDY = {"do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def eager() -> nn.Module:
+    return fp4compile.quantize(
+        tiny_llama(layers=LAYERS), [tokens()], method="minmax", progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(eager: nn.Module) -> nn.Module:
+    """Warmed up by one call of every kind that the tests make."""
+    model = compile_model(copy.deepcopy(eager))
+    with torch.no_grad():
+        model(tokens(2, 9))
+        for batch in (1, 2):
+            model.generate(tokens(batch, 5), max_new_tokens=3, **GREEDY)
+    return model
+
+
+@pytest.fixture
+def no_new_programs(compiled: nn.Module):
+    before = compiled._compiled_call_impl.programs
+    yield
+    assert compiled._compiled_call_impl.programs == before
+
+
+@pytest.mark.usefixtures("no_new_programs")
+@pytest.mark.parametrize(("batch", "length", "steps"), [(1, 5, 12), (1, 11, 3), (3, 7, 9)])
+def test_generate_equals_eager(eager, compiled, batch, length, steps):
+    prompt = tokens(batch, length, seed=batch)
+    expected = eager.generate(prompt, max_new_tokens=steps, **GREEDY)
+    assert torch.equal(compiled.generate(prompt, max_new_tokens=steps, **GREEDY), expected)
+
+
+@pytest.mark.usefixtures("no_new_programs")
+@pytest.mark.parametrize(("batch", "length"), [(4, 24), (3, 17), (7, 2)])
+def test_forward_equals_eager(eager, compiled, batch, length):
+    ids = tokens(batch, length)
+    with torch.no_grad():
+        got, expected = compiled(ids), eager(ids)
+    assert type(got) is type(expected)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=2e-2, atol=2e-2)
+    for layer, other in zip(
+        got.past_key_values.layers, expected.past_key_values.layers, strict=True
+    ):
+        torch.testing.assert_close(layer.keys, other.keys, rtol=2e-2, atol=2e-2)
+
+
+def test_repeated_blocks_are_compiled_once(compiled):
+    for programs in compiled._compiled_call_impl.by_kind.values():
+        for program in programs:
+            assert program.regions == LAYERS + 2
+            assert program.kernels == 3
+
+
+def test_siblings_are_one_weight(compiled):
+    attention = compiled.model.layers[1].self_attn
+    weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    assert all(isinstance(weight, FP4Tensor) for weight in weights)
+    assert len({weight.packed_weight.untyped_storage().data_ptr() for weight in weights}) == 1
+
+
+def test_what_programs_cannot_take_goes_to_dynamo(compiled, caplog):
+    class Unknown:
+        pass
+
+    with caplog.at_level(logging.WARNING, logger="fp4compile"), pytest.raises(TypeError):
+        compiled(tokens(2, 9), unknown=Unknown(), input_ids=None)
+    assert "an argument of type Unknown" in caplog.text
+
+
+def test_left_padding(eager, compiled):
+    prompt = tokens(2, 6)
+    mask = torch.ones_like(prompt)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 4, **GREEDY}
+    assert torch.equal(compiled.generate(prompt, **options), eager.generate(prompt, **options))
