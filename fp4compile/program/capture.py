@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fp4compile.program.values import Results, substitute
+from fp4compile.program.values import Results, states, substitute
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,30 @@ class Capture:
     fake_mode: FakeTensorMode
 
 
+class Owners:
+    """Notices when a module's parameters or buffers were replaced or converted."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._plain: list[tuple[dict[str, Any], str, Tensor, torch.dtype]] = []
+        for part in module.modules():
+            for held in (part._parameters, part._buffers):
+                for name, value in held.items():
+                    if value is not None:
+                        self._add(held, name, value)
+
+    def _add(self, held: dict[str, Any], name: str, value: Tensor) -> None:
+        inner = is_traceable_wrapper_subclass(value)
+        # Conversions swap what is inside; asking the outer tensor goes through __torch_function__.
+        source, name = (value.__dict__, value.__tensor_flatten__()[0][0]) if inner else (held, name)
+        self._plain.append((source, name, source[name], source[name].dtype))
+
+    def unchanged(self) -> bool:
+        for held, name, value, dtype in self._plain:
+            if held.get(name) is not value or value.dtype is not dtype:
+                return False
+        return True
+
+
 def capture(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], count: int
 ) -> Capture:
@@ -113,11 +137,12 @@ def capture(
         own, rest = tensors[: len(fixed)], iter(tensors[len(fixed) :])
         caches: list[Any] = []
         call_args, call_kwargs = substitute((args, kwargs), lambda _: next(rest), caches)
+        before = states(caches)
         with _watch_blocks(module, marks), _uncompiled(module):
             result = torch.func.functional_call(
                 module, parameters.restore(own), call_args, call_kwargs
             )
-        results.append(Results(result, caches))
+        results.append(Results(result, caches, before))
         return results[-1].values
 
     with ExitStack() as stack:

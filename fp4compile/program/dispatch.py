@@ -12,10 +12,12 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from fp4compile.program.capture import Capture, capture
+from fp4compile.program.capture import Capture, Owners, capture
 from fp4compile.program.merge_siblings import merge_siblings
 from fp4compile.program.regions import Region, cut
+from fp4compile.program.replace_attention import replace_attention
 from fp4compile.program.values import (
+    CacheMemo,
     Flattened,
     NotFlat,
     Results,
@@ -26,15 +28,19 @@ from fp4compile.program.values import (
 
 logger = logging.getLogger(__name__)
 
-CompileRegion = Callable[[Region, Any], Callable[..., Sequence[Any]]]
+Run = Callable[[list[Any]], Sequence[Any]]
+CompileRegion = Callable[[Region, Any], Run]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One region: ``run`` takes ``values`` at ``inputs`` and puts its results at ``outputs``."""
+    """One region: ``run`` takes ``arguments``, in which constants stand already; ``inputs`` says
+    which value fills which of the other positions, ``outputs`` where the results go.
+    """
 
-    run: Callable[..., Sequence[Any]]
-    inputs: tuple[int, ...]
+    run: Run
+    arguments: list[Any]
+    inputs: tuple[tuple[int, int], ...]
     outputs: tuple[int, ...]
 
 
@@ -43,28 +49,22 @@ class Program:
 
     def __init__(self, captured: Capture, compile_region: CompileRegion) -> None:
         merge_siblings(captured)
+        replace_attention(captured)
         regions = cut(captured.graph)
-        placeholders = [*captured.inputs, *captured.constants]
         produced = [node for region in regions for node in region.outputs]
-        place = {node: index for index, node in enumerate([*placeholders, *produced])}
-        self._values: list[Any] = [None] * len(place)
-        for node, tensor in captured.constants.items():
-            self._values[place[node]] = tensor
-        compiled: dict[str, Callable[..., Sequence[Any]]] = {}
+        place = {node: index for index, node in enumerate([*captured.inputs, *produced])}
+        self._size = len(place)
+        compiled: dict[str, Run] = {}
         for region in regions:
             if region.key not in compiled:
                 compiled[region.key] = compile_region(region, captured.fake_mode)
-        self._steps = tuple(
-            Step(
-                compiled[region.key],
-                tuple(place[node] for node in region.inputs),
-                tuple(place[node] for node in region.outputs),
-            )
-            for region in regions
-        )
+        self._steps = [
+            _step(region, compiled[region.key], captured.constants, place) for region in regions
+        ]
         (returned,) = captured.graph.find_nodes(op="output")[0].args
         self._returned = tuple(
-            (place[node], None) if isinstance(node, fx.Node) else (-1, node) for node in returned
+            (place[node], None) if node in place else (-1, captured.constants.get(node, node))
+            for node in returned
         )
         self._results = captured.results
         self._sizes = Sizes(
@@ -77,15 +77,31 @@ class Program:
         return self._sizes.hold(tensors)
 
     def __call__(self, tensors: Sequence[Tensor], caches: Sequence[Any]) -> Any:
-        values = self._values.copy()
-        values[: len(tensors)] = tensors
+        values = [*tensors, *[None] * (self._size - len(tensors))]
         for step in self._steps:
-            results = step.run(*[values[index] for index in step.inputs])
-            for index, result in zip(step.outputs, results, strict=True):
+            arguments = step.arguments.copy()
+            for position, index in step.inputs:
+                arguments[position] = values[index]
+            for index, result in zip(step.outputs, step.run(arguments), strict=True):
                 values[index] = result
         returned = [values[index] if index >= 0 else constant for index, constant in self._returned]
         _update_caches(self._results, returned, caches)
         return fill(self._results.result, returned, caches)
+
+
+def _step(
+    region: Region, run: Run, constants: dict[fx.Node, Tensor], place: dict[fx.Node, int]
+) -> Step:
+    return Step(
+        run,
+        [constants.get(node) for node in region.inputs],
+        tuple(
+            (position, place[node])
+            for position, node in enumerate(region.inputs)
+            if node not in constants
+        ),
+        tuple(place[node] for node in region.outputs),
+    )
 
 
 def _update_caches(results: Results, values: Sequence[Any], caches: Sequence[Any]) -> None:
@@ -129,6 +145,8 @@ class Dispatcher:
         self._otherwise = otherwise
         # By key: sizes decide which of a list takes a call.
         self.by_kind: dict[Any, list[Program]] = {}
+        self._owners: Owners | None = None
+        self._memo = CacheMemo()
         self._declined: set[str] = set()
 
     @property
@@ -137,11 +155,11 @@ class Dispatcher:
         return sum(map(len, self.by_kind.values()))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and self._module.training:
-            return self._otherwise(*args, **kwargs)
+        if torch.compiler.is_compiling():  # torch.export or an outer torch.compile
+            return self._module._call_impl(*args, **kwargs)
         try:
             initialize_caches(self._module, args, kwargs)
-            flat = Flattened((args, kwargs))
+            flat = Flattened((args, kwargs), self._memo)
             program = self._program(flat, args, kwargs)
         except (NotFlat, GuardOnDataDependentSymNode, DataDependentOutputException) as reason:
             self._decline(reason)
@@ -150,6 +168,9 @@ class Dispatcher:
             return program(flat.tensors, flat.caches)
 
     def _program(self, flat: Flattened, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        if self._owners is None or not self._owners.unchanged():
+            self.by_kind.clear()
+            self._owners = Owners(self._module)
         known = self.by_kind.setdefault(flat.key, [])
         for program in known:
             if program.takes(flat.tensors):

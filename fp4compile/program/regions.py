@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -27,30 +26,39 @@ class Region:
 
 def cut(graph: fx.Graph) -> list[Region]:
     """The regions of ``graph`` in the order in which they run."""
-    _hoist_sizes(graph)
-    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    return [_region(list(group)) for _, group in groupby(nodes, lambda node: node.meta[BLOCK])]
+    sizes = _sizes(graph)
+    skipped = sizes | set(graph.find_nodes(op="placeholder")) | set(graph.find_nodes(op="output"))
+    nodes = [node for node in graph.nodes if node not in skipped]
+    groups = groupby(nodes, lambda node: node.meta[BLOCK])
+    return [_region(list(group), sizes) for _, group in groups]
 
 
-def _hoist_sizes(graph: fx.Graph) -> None:
-    """Compute sizes first; the trace does so in whichever block asks first, unlike the others."""
-    early = set(graph.find_nodes(op="placeholder"))
-    last = max(early)  # nodes are ordered by their place in the graph
-    for node in list(graph.nodes):
-        is_size = isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
-        if is_size and node not in early and early.issuperset(node.all_input_nodes):
-            node.meta[BLOCK] = None
-            last.append(node)
-            early.add(node)
-            last = node
+def _sizes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that compute a number from sizes of placeholders.
+
+    They stand in whichever block asked for them first, which would make it unlike the others.
+    """
+    known = set(graph.find_nodes(op="placeholder"))
+    sizes: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_number = isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+        if is_number and known.issuperset(node.all_input_nodes):
+            sizes.add(node)
+            known.add(node)
+    return sizes
 
 
-def _region(nodes: Sequence[fx.Node]) -> Region:
+def _region(nodes: list[fx.Node], sizes: set[fx.Node]) -> Region:
+    nodes = _with_sizes(nodes, sizes)
     inside = set(nodes)
     inputs = dict.fromkeys(
         source for node in nodes for source in node.all_input_nodes if source not in inside
     )
-    outputs = tuple(node for node in nodes if any(user not in inside for user in node.users))
+    outputs = tuple(
+        node
+        for node in nodes
+        if node not in sizes and any(user not in inside for user in node.users)
+    )
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
@@ -60,6 +68,21 @@ def _region(nodes: Sequence[fx.Node]) -> Region:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
     return Region(graph, tuple(inputs), outputs, _text(graph))
+
+
+def _with_sizes(nodes: list[fx.Node], sizes: set[fx.Node]) -> list[fx.Node]:
+    """Every region computes the sizes that it needs from its own inputs."""
+    needed: dict[fx.Node, None] = {}
+
+    def need(node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source in sizes and source not in needed:
+                need(source)
+                needed[source] = None
+
+    for node in nodes:
+        need(node)
+    return [*needed, *nodes]
 
 
 def _text(graph: fx.Graph) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,10 +58,43 @@ def check_cache(cache: Any) -> None:
             raise NotFlat(f"a cache with a {type(layer).__name__}")
 
 
+class CacheMemo:
+    """The tensors and the key of the last cache, for as long as it holds the same objects.
+
+    A decode step finds the cache of the step before it, with hundreds of attributes.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self, _: Any = None) -> None:
+        self._cache: Callable[[], Any] = lambda: None
+        self._state: list[dict[str, Any]] = []
+        self.tensors: list[Tensor] = []
+        self.key: list[Any] = []
+
+    def holds(self, cache: Any) -> bool:
+        if cache is not self._cache() or len(cache.layers) != len(self._state):
+            return False
+        for layer, state in zip(cache.layers, self._state, strict=True):
+            attributes = vars(layer)
+            for name, value in state.items():
+                if attributes.get(name) is not value:
+                    return False
+        return True
+
+    def keep(self, cache: Any, tensors: list[Tensor], key: list[Any]) -> None:
+        # The memory of a cache that nobody needs any more is not kept.
+        self._cache = weakref.ref(cache, self._forget)
+        self.tensors, self.key = tensors, key
+        self._state = [dict(vars(layer)) for layer in cache.layers]
+
+
 class Flattened:
     """``tensors`` and ``caches`` of a call in order of appearance, and the ``key`` of the rest."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, memo: CacheMemo | None = None) -> None:
+        self._memo = memo or CacheMemo()
         self.tensors: list[Tensor] = []
         self.caches: list[Any] = []
         key: list[Any] = []
@@ -90,14 +124,23 @@ class Flattened:
             raise NotFlat(f"an argument of type {type(value).__name__}")
 
     def _add_cache(self, cache: Any, key: list[Any]) -> None:
-        check_cache(cache)
         self.caches.append(cache)
-        key.append((type(cache), len(cache.layers)))
-        for layer in cache.layers:
-            for name, value in vars(layer).items():
-                if name == "max_cache_len" and layer.is_initialized:
-                    continue  # the length of its tensors
-                self._add(value, key)
+        if not self._memo.holds(cache):
+            check_cache(cache)
+            self._memo.keep(cache, *_flat_cache(cache))
+        self.tensors.extend(self._memo.tensors)
+        key.extend(self._memo.key)
+
+
+def _flat_cache(cache: Any) -> tuple[list[Tensor], list[Any]]:
+    """Tensors and key of a cache."""
+    states = []
+    for layer in cache.layers:
+        states.append(dict(vars(layer)))
+        if layer.is_initialized:
+            states[-1].pop("max_cache_len", None)  # the length of its tensors
+    flat = Flattened(states)
+    return flat.tensors, [type(cache), *flat.key]
 
 
 def substitute(value: Any, replace: Callable[[Tensor], Tensor], caches: list[Any]) -> Any:
@@ -131,7 +174,7 @@ def _substitute_layer(layer: Any, replace: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class LayerState:
-    """What a call left in one layer of a cache: attributes, of which tensors are slots."""
+    """What a call changed in one layer of a cache: attributes, of which tensors are slots."""
 
     layer: Any
     attributes: dict[str, Any]
@@ -140,16 +183,21 @@ class LayerState:
 class Results:
     """Template of a call's result and of what it left in its caches; ``values`` fill the slots."""
 
-    def __init__(self, result: Any, caches: Sequence[Any]) -> None:
+    def __init__(self, result: Any, caches: Sequence[Any], before: Sequence[Any]) -> None:
+        """``before``: :func:`states` of the caches before the call."""
         self.values: list[Any] = []
         self._caches = caches
         self.result = self._template(result)
         self.cache_states = [
-            tuple(self._layer(layer) for layer in cache.layers) for cache in caches
+            tuple(
+                self._layer(layer, old[index] if index < len(old) else {})
+                for index, layer in enumerate(cache.layers)
+            )
+            for cache, old in zip(caches, before, strict=True)
         ]
 
     def _template(self, value: Any) -> Any:
-        if isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        if isinstance(value, Tensor):
             return self._slot(value)
         if is_cache(value):
             for index, cache in enumerate(self._caches):
@@ -174,14 +222,19 @@ class Results:
         self.values.append(value)
         return Slot(len(self.values) - 1)
 
-    def _layer(self, layer: Any) -> LayerState:
+    def _layer(self, layer: Any, before: dict[str, Any] | None = None) -> LayerState:
+        before = before or {}
         attributes = {
             name: self._template(value)
             for name, value in vars(layer).items()
-            # The same number for as long as the layer lives, here symbolic.
-            if not (name == "max_cache_len" and layer.is_initialized)
+            if name not in before or value is not before[name]
         }
         return LayerState(layer, attributes)
+
+
+def states(caches: Sequence[Any]) -> list[list[dict[str, Any]]]:
+    """The attributes of every layer of every cache."""
+    return [[dict(vars(layer)) for layer in cache.layers] for cache in caches]
 
 
 def fill(template: Any, values: Sequence[Any], caches: Sequence[Any]) -> Any:
