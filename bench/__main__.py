@@ -13,7 +13,7 @@ import typer
 from bench import accuracy as accuracy_bench
 from bench import gemm as gemm_bench
 from bench import model as model_bench
-from bench.peers import PEERS
+from bench.peers import MODELS, PEERS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -55,8 +55,8 @@ def gemm(
 @app.command()
 def model(
     name: Annotated[
-        str, typer.Option("--model", help=f"One of {', '.join(model_bench.MODELS)}.")
-    ] = model_bench.MODELS[0],
+        str, typer.Option("--model", help=f"One of {', '.join(MODELS)}.")
+    ] = "smollm2-135m",
     only: Annotated[
         list[str] | None, typer.Option("--only", help="A candidate; repeatable. All without.")
     ] = None,
@@ -67,7 +67,7 @@ def model(
     json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
 ) -> None:
     """A whole model at batch 1: prefill and decode, compile time cold and warm, peak memory."""
-    _check(name, model_bench.MODELS, "models")
+    _check(name, MODELS, "models")
     for candidate in only or ():
         _check(candidate, PEERS, "candidates")
     for result in model_bench.run(only or list(PEERS), name, threads, prompt, new, repetitions):

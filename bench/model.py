@@ -18,8 +18,6 @@ from typing import Any
 
 from bench.peers import PEERS, reason_absent
 
-MODELS = ("smollm2-135m", "llama-1.1b")
-
 
 @dataclass(frozen=True)
 class ModelResult:

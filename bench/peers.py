@@ -81,6 +81,28 @@ PEERS: dict[str, Peer] = {
 }
 
 
+# The demo's model, or a Llama of this shape with random weights: its speed is all that counts.
+MODELS: dict[str, dict[str, int] | None] = {
+    "smollm2-135m": None,
+    "llama-1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+    "llama-tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+
+
 def reason_absent(name: str) -> str | None:
     """Why ``name`` cannot run here, or None."""
     missing = [module for module in PEERS[name].needs if find_spec(module) is None]
@@ -88,27 +110,17 @@ def reason_absent(name: str) -> str | None:
 
 
 def load(model: str, dtype: torch.dtype) -> Any:
-    """The demo's model, or a Llama of 1.1 billion random weights (its speed is all that counts)."""
-    if model == "smollm2-135m":
+    """One of :data:`MODELS` in ``dtype``, in eval mode."""
+    if MODELS[model] is None:
         from fp4compile.demo_model import load_demo_model
 
         return load_demo_model(None, dtype)[0]
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        vocab_size=32000,
-        dtype=dtype,
-        eos_token_id=None,
-    )
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return LlamaForCausalLM(config).eval()
+        return LlamaForCausalLM(LlamaConfig(**MODELS[model], dtype=dtype)).eval()
     finally:
         torch.set_default_dtype(default)
 
@@ -135,7 +147,6 @@ def _generate(model: Any, ids: Tensor, new: int) -> dict[str, Any]:
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new,
-        min_new_tokens=new,
         do_sample=False,
         streamer=clock,
     )
@@ -152,7 +163,10 @@ def main(name: str, model_name: str, threads: int, prompt: int) -> None:
     torch.set_num_threads(threads)
     peer = PEERS[name]
     model = peer.prepare(load(model_name, peer.dtype))
-    ids = torch.randint(5, 30000, (1, prompt), generator=torch.Generator().manual_seed(0))
+    # All tokens, whatever they are; asking for a minimum costs a pass over the logits.
+    model.generation_config.eos_token_id = None
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, model.config.vocab_size, (1, prompt), generator=generator)
     for line in sys.stdin:
         request, *argument = line.split()
         start = time.perf_counter()
