@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from fp4compile.program.dispatch import Dispatcher
+from fp4compile.program.generate import GenerateWithStaticCache, takes_static_cache
 from fp4compile.report import Report
 
 logger = logging.getLogger(__name__)
@@ -71,5 +72,6 @@ def compile_model(model: nn.Module) -> nn.Module:
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True
-        generation_config.cache_implementation = "static"
+    if takes_static_cache(model) and "generate" not in vars(model):
+        model.generate = GenerateWithStaticCache(model, model.generate)
     return model

@@ -313,24 +313,24 @@ def compile_graph(
     ):
         whole = compile_fx(torch.fx.GraphModule({}, graph), inputs, inner_compile=keep)
     if os.environ.get("DBG"):
-        print(
-            len(kernels),
-            len(inputs),
-            [
-                (i.mutation_type if hasattr(i, "mutation_type") else i)
-                for i in context.fw_metadata.input_info
-                if i.mutates_data
-            ],
-            context.fw_metadata.mutated_inp_runtime_indices,
-            context.fw_metadata.num_intermediate_bases,
-            [i.output_type for i in context.fw_metadata.output_info],
-            len(context.fw_metadata.input_info),
-            context.fw_metadata.tokens,
-            flush=True,
-        )
+        log_meta(len(kernels), len(inputs), context.fw_metadata)
     if len(kernels) == 1 and _adds_nothing(context.fw_metadata, len(inputs)):
         return kernels[0].current_callable  # type: ignore[no-any-return]
     return lambda arguments: whole(*arguments)
+
+
+def log_meta(k, n, m):
+    print(
+        "META",
+        k,
+        n,
+        len(m.input_info),
+        m.mutated_inp_runtime_indices,
+        m.num_intermediate_bases,
+        m.tokens,
+        [str(i.output_type) for i in m.output_info],
+        flush=True,
+    )
 
 
 def _adds_nothing(metadata: Any, inputs: int) -> bool:

@@ -96,7 +96,8 @@ class Owners:
     """Notices when a module's parameters or buffers were replaced or converted."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._plain: list[tuple[dict[str, Any], str, Tensor, torch.dtype]] = []
+        self._held: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._dtypes: list[tuple[Tensor, torch.dtype]] = []
         for part in module.modules():
             for held in (part._parameters, part._buffers):
                 for name, value in held.items():
@@ -104,22 +105,25 @@ class Owners:
                         self._add(held, name, value)
 
     def _add(self, held: dict[str, Any], name: str, value: Tensor) -> None:
-        inner = is_traceable_wrapper_subclass(value)
-        # Conversions swap what is inside; asking the outer tensor goes through __torch_function__.
-        source, name = (value.__dict__, value.__tensor_flatten__()[0][0]) if inner else (held, name)
-        self._plain.append((source, name, source[name], source[name].dtype))
+        self._held.append((held, name, value))
+        if is_traceable_wrapper_subclass(value):
+            # Conversions swap what is inside.
+            for inner in value.__tensor_flatten__()[0]:
+                self._held.append((value.__dict__, inner, getattr(value, inner)))
+        else:
+            self._dtypes.append((value, value.dtype))
 
     def unchanged(self) -> bool:
-        for held, name, value, dtype in self._plain:
-            if held.get(name) is not value or value.dtype is not dtype:
+        for held, name, value in self._held:
+            if held.get(name) is not value:
                 return False
-        return True
+        return all(value.dtype is dtype for value, dtype in self._dtypes)
 
 
 def capture(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], count: int
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]
 ) -> Capture:
-    """Trace ``module(*args, **kwargs)``, a call with ``count`` tensors.
+    """Trace ``module(*args, **kwargs)``, in which ``tensors`` are, as ``Flattened`` orders them.
 
     Sizes of the call's tensors are symbolic but for 0 and 1; parameters are inputs of fixed size.
     Tensors in ``args`` and ``kwargs`` are not touched.
@@ -127,14 +131,12 @@ def capture(
     parameters = Parameters.of(module)
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
     fixed = [_fake(fake_mode, tensor, DimDynamic.STATIC) for tensor in parameters.tensors]
-    free: list[Tensor] = []
-    substitute((args, kwargs), lambda t: free.append(_fake(fake_mode, t, DimDynamic.DUCK)) or t, [])
-    assert len(free) == count
+    free = [_fake(fake_mode, tensor, DimDynamic.DUCK) for tensor in tensors]
     results: list[Results] = []
     marks: list[_Mark] = []
 
-    def run(*tensors: Tensor) -> list[Any]:
-        own, rest = tensors[: len(fixed)], iter(tensors[len(fixed) :])
+    def run(*inputs: Tensor) -> list[Any]:
+        own, rest = inputs[: len(fixed)], iter(inputs[len(fixed) :])
         caches: list[Any] = []
         call_args, call_kwargs = substitute((args, kwargs), lambda _: next(rest), caches)
         before = states(caches)

@@ -28,6 +28,7 @@ from fp4compile.program.values import (
 
 logger = logging.getLogger(__name__)
 
+REMEMBERED = 256
 Run = Callable[[list[Any]], Sequence[Any]]
 CompileRegion = Callable[[Region, Any], Run]
 
@@ -126,6 +127,8 @@ class Sizes:
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         sizes = tuple(tensor.shape for tensor in tensors)
         if sizes not in self._known:
+            if len(self._known) == REMEMBERED:  # a growing cache has new sizes at every step
+                self._known.clear()
             self._known[sizes] = self._check(tensors)
         return self._known[sizes]
 
@@ -159,7 +162,9 @@ class Dispatcher:
             return self._module._call_impl(*args, **kwargs)
         try:
             initialize_caches(self._module, args, kwargs)
-            flat = Flattened((args, kwargs), self._memo)
+            if torch.is_autocast_enabled("cpu"):
+                raise NotFlat("autocast")
+            flat = Flattened((self._module.training, args, kwargs), self._memo)
             program = self._program(flat, args, kwargs)
         except (NotFlat, GuardOnDataDependentSymNode, DataDependentOutputException) as reason:
             self._decline(reason)
@@ -175,9 +180,7 @@ class Dispatcher:
         for program in known:
             if program.takes(flat.tensors):
                 return program
-        program = Program(
-            capture(self._module, args, kwargs, len(flat.tensors)), self._compile_region
-        )
+        program = Program(capture(self._module, args, kwargs, flat.tensors), self._compile_region)
         known.append(program)
         logger.info(
             "compiled a call of %d regions, %d of them different", program.regions, program.kernels

@@ -46,9 +46,10 @@ def _position(user: fx.Node) -> Any:
 def _fits(node: fx.Node) -> bool:
     query, key = node.args[0].meta["val"], node.args[1].meta["val"]  # type: ignore[union-attr]
     dropout, causal = (*node.args[3:], *(0.0, False)[len(node.args) - 3 :])
-    rows = query.shape[2]
+    rows, mask = query.shape[2], node.kwargs.get("attn_mask")
     return (
-        isinstance(rows, int)
+        (mask is None or mask.meta["val"].dim() == 4)  # type: ignore[union-attr]
+        and isinstance(rows, int)
         and rows <= MAX_ROWS
         and isinstance(query.shape[3], int)
         and query.shape[3] == node.args[2].meta["val"].shape[3]  # type: ignore[union-attr]

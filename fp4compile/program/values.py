@@ -22,7 +22,7 @@ class NotFlat(Exception):
 
 @dataclass(frozen=True)
 class Slot:
-    """Stands for the tensor (or number) at ``index`` of the flat values."""
+    """Stands for the tensor at ``index`` of the flat values."""
 
     index: int
 
@@ -49,7 +49,7 @@ def is_cache(value: Any) -> bool:
 
 
 def check_cache(cache: Any) -> None:
-    """Raise NotFlat where ``cache`` keeps more than tensors and constants."""
+    """Raises NotFlat where ``cache`` keeps more than tensors and constants."""
     caches, layers = cache_types()
     if type(cache) not in caches or getattr(cache, "offloading", False):
         raise NotFlat(f"a {type(cache).__name__} is none of {[kind.__name__ for kind in caches]}")
@@ -103,6 +103,8 @@ class Flattened:
 
     def _add(self, value: Any, key: list[Any]) -> None:
         if isinstance(value, Tensor):
+            if value.requires_grad and torch.is_grad_enabled():
+                raise NotFlat("an argument that requires a gradient")
             self.tensors.append(value)
             key.append(
                 (value.dtype, value.device, *[size if size < 2 else -1 for size in value.shape])
@@ -110,7 +112,7 @@ class Flattened:
         elif isinstance(value, CONSTANTS):
             # The type too: True == 1 == 1.0.
             key.append((type(value), value))
-        elif isinstance(value, (tuple, list)):
+        elif type(value) in (tuple, list):
             key.append((type(value), len(value)))
             for item in value:
                 self._add(item, key)
@@ -209,9 +211,9 @@ class Results:
             return clone
         if isinstance(value, CONSTANTS):
             return value
-        if isinstance(value, (tuple, list)):
+        if type(value) in (tuple, list):
             return type(value)(self._template(item) for item in value)
-        if isinstance(value, dict):
+        if isinstance(value, dict):  # results of transformers among them
             return type(value)(**{name: self._template(item) for name, item in value.items()})
         raise NotFlat(f"a result of type {type(value).__name__}")
 

@@ -94,3 +94,22 @@ def test_left_padding(eager, compiled):
     mask[0, :3] = 0
     options = {"attention_mask": mask, "max_new_tokens": 4, **GREEDY}
     assert torch.equal(compiled.generate(prompt, **options), eager.generate(prompt, **options))
+
+
+def test_generate_takes_the_cache_that_it_is_given(eager, compiled):
+    from transformers import DynamicCache
+
+    prompt = tokens(1, 6)
+    cache = DynamicCache(config=compiled.config)
+    got = compiled.generate(prompt, past_key_values=cache, max_new_tokens=4, **GREEDY)
+    assert cache.get_seq_length() == 9
+    assert torch.equal(got, eager.generate(prompt, max_new_tokens=4, **GREEDY))
+
+
+def test_new_weights_are_noticed(eager):
+    model = compile_model(copy.deepcopy(eager))
+    ids = tokens(1, 5)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.model.norm.weight = nn.Parameter(model.model.norm.weight * 2)
+        torch.testing.assert_close(model(ids).logits, before * 2, rtol=2e-2, atol=2e-2)
