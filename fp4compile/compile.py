@@ -64,14 +64,17 @@ def compile_model(model: nn.Module) -> nn.Module:
         logger.info("kernels: %s", ", ".join(f"{n} x {target}" for target, n in counts.items()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     model.compile(backend=fp4compile_backend, dynamic=True)
+    dynamo = model._compiled_call_impl
+    assert dynamo is not None
     model._compiled_call_impl = Dispatcher(
         model,
         lambda region, fake_mode: lowering.compile_graph(region.graph, fake_mode),
-        model._compiled_call_impl,
+        dynamo,
     )
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True
     if takes_static_cache(model) and "generate" not in vars(model):
-        model.generate = GenerateWithStaticCache(model, model.generate)
+        generate: Any = model.generate
+        vars(model)["generate"] = GenerateWithStaticCache(model, generate)
     return model

@@ -311,26 +311,10 @@ def compile_graph(
             size_asserts=False, alignment_asserts=False, cpp_wrapper=os.environ.get("CW") == "1"
         ),
     ):
-        whole = compile_fx(torch.fx.GraphModule({}, graph), inputs, inner_compile=keep)
-    if os.environ.get("DBG"):
-        log_meta(len(kernels), len(inputs), context.fw_metadata)
+        whole: Any = compile_fx(torch.fx.GraphModule({}, graph), inputs, inner_compile=keep)
     if len(kernels) == 1 and _adds_nothing(context.fw_metadata, len(inputs)):
-        return kernels[0].current_callable  # type: ignore[no-any-return]
+        return kernels[0].current_callable
     return lambda arguments: whole(*arguments)
-
-
-def log_meta(k, n, m):
-    print(
-        "META",
-        k,
-        n,
-        len(m.input_info),
-        m.mutated_inp_runtime_indices,
-        m.num_intermediate_bases,
-        m.tokens,
-        [str(i.output_type) for i in m.output_info],
-        flush=True,
-    )
 
 
 def _adds_nothing(metadata: Any, inputs: int) -> bool:

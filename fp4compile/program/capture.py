@@ -72,7 +72,7 @@ def _inner(value: Tensor) -> list[Tensor]:
 def _rewrap(outer: Tensor, plain: Sequence[Tensor]) -> Tensor:
     names, context = outer.__tensor_flatten__()  # type: ignore[attr-defined]
     inner = dict(zip(names, plain, strict=True))
-    return type(outer).__tensor_unflatten__(inner, context, outer.shape, outer.stride())  # type: ignore[attr-defined,no-any-return]
+    return type(outer).__tensor_unflatten__(inner, context, outer.shape, outer.stride())  # type: ignore[attr-defined]
 
 
 BLOCK = "fp4compile_block"
@@ -175,7 +175,7 @@ def _lift_attributes(module: fx.GraphModule, mode: FakeTensorMode) -> dict[fx.No
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: DimDynamic) -> Tensor:
-    context = StatelessSymbolicContext(dynamic_sizes=[dynamic] * tensor.dim())
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[dynamic] * tensor.dim())
     return mode.from_tensor(tensor, symbolic_context=context)
 
 

@@ -68,9 +68,9 @@ class Program:
             for node in returned
         )
         self._results = captured.results
-        self._sizes = Sizes(
-            [node.meta["val"] for node in captured.inputs], captured.fake_mode.shape_env
-        )
+        shape_env = captured.fake_mode.shape_env
+        assert shape_env is not None
+        self._sizes = Sizes([node.meta["val"] for node in captured.inputs], shape_env)
         self.regions, self.kernels = len(regions), len(compiled)
 
     def takes(self, tensors: Sequence[Tensor]) -> bool:
@@ -119,7 +119,7 @@ def _update_caches(results: Results, values: Sequence[Any], caches: Sequence[Any
 class Sizes:
     """Which sizes of a call's tensors a program was traced for."""
 
-    def __init__(self, fakes: Sequence[Tensor], shape_env: ShapeEnv) -> None:
+    def __init__(self, fakes: Sequence[Any], shape_env: ShapeEnv) -> None:
         self._fakes, self._shape_env = tuple(fakes), shape_env
         self._expression: str | None = None
         self._known: dict[tuple[Any, ...], bool] = {}

@@ -112,7 +112,7 @@ def _constant(capture: Capture, nodes: Sequence[fx.Node]) -> fx.Node:
         start = 0
         for tensor in tensors:
             # In place, so that the model's own parameter lets go of its memory.
-            tensor.set_(merged[start : start + len(tensor)])
+            tensor.set_(merged[start : start + len(tensor)])  # type: ignore[call-overload]
             start += len(tensor)
     with capture.graph.inserting_before(next(iter(capture.graph.nodes))):
         node = capture.graph.placeholder(f"merged_{nodes[0].name}")

@@ -44,15 +44,16 @@ def _position(user: fx.Node) -> Any:
 
 
 def _fits(node: fx.Node) -> bool:
-    query, key = node.args[0].meta["val"], node.args[1].meta["val"]  # type: ignore[union-attr]
-    dropout, causal = (*node.args[3:], *(0.0, False)[len(node.args) - 3 :])
+    arguments: list[Any] = [*node.args, *(0.0, False)[len(node.args) - 3 :]]
+    query, key, value = (argument.meta["val"] for argument in arguments[:3])
+    dropout, causal = arguments[3:5]
     rows, mask = query.shape[2], node.kwargs.get("attn_mask")
     return (
         (mask is None or mask.meta["val"].dim() == 4)  # type: ignore[union-attr]
         and isinstance(rows, int)
         and rows <= MAX_ROWS
         and isinstance(query.shape[3], int)
-        and query.shape[3] == node.args[2].meta["val"].shape[3]  # type: ignore[union-attr]
+        and query.shape[3] == value.shape[3]
         and query.shape[1] == key.shape[1]
         and not dropout
         and not causal

@@ -266,17 +266,18 @@ def new_layer(state: LayerState, values: Sequence[Any]) -> Any:
     return layer
 
 
-def initialize_caches(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def initialize_caches(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Allocate static caches that wait for their first call.
 
     Inside a program their length would be a constant.
     """
-    for cache in (*args, *kwargs.values()):
+    arguments: list[Any] = [*args, *kwargs.values()]
+    for cache in arguments:
         if not is_cache(cache) or type(cache) is not cache_types()[0][0]:
             continue
         if all(layer.is_initialized for layer in cache.layers):
             continue
         shape = module._get_static_cache_init_shape()
-        tokens = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        if shape is not None:
-            cache.early_initialization(len(tokens), *shape, module.dtype, module.device)
+        batch = next((len(value) for value in arguments if isinstance(value, Tensor)), None)
+        if shape is not None and batch is not None:
+            cache.early_initialization(batch, *shape, module.dtype, module.device)
