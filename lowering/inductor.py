@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -307,9 +306,7 @@ def compile_graph(
         # A hit in AOTAutograd's cache would not show us the kernels; Inductor's is enough.
         functorch_config.patch(enable_autograd_cache=False),
         # Whoever calls has checked the sizes; a check per buffer takes longer than its kernel.
-        inductor_config.patch(
-            size_asserts=False, alignment_asserts=False, cpp_wrapper=os.environ.get("CW") == "1"
-        ),
+        inductor_config.patch(size_asserts=False, alignment_asserts=False),
     ):
         whole: Any = compile_fx(torch.fx.GraphModule({}, graph), inputs, inner_compile=keep)
     if len(kernels) == 1 and _adds_nothing(context.fw_metadata, len(inputs)):
