@@ -19,7 +19,7 @@ from fp4compile.report import Report
 
 logger = logging.getLogger(__name__)
 
-# torch.compile makes a graph per kind of call: batch of one or more, one token or many, empty or
+# What goes to Dynamo: it makes a graph per kind of call: batch of one or more, one token or many, empty or
 # filled cache, with or without attention mask. Dynamo's default limit of 8 graphs is too few, and
 # beyond it the rest would run uncompiled.
 GRAPHS = 32
@@ -48,8 +48,10 @@ def load_lowerings() -> ModuleType:
 def compile_model(model: nn.Module) -> nn.Module:
     """Compile ``model``'s forward in place; batch and sequence stay dynamic.
 
-    ``generate`` calls the forward, so it is compiled too; transformers' own compilation of the
-    decode step is switched off, since it would compile the compiled forward again.
+    Calls run as programs (``program/dispatch.py``), those that no program can take under Dynamo.
+    ``generate`` calls the forward, so it is compiled too, and uses a static cache where nobody asks
+    for another; transformers' own compilation of the decode step is switched off, since it would
+    compile the compiled forward again.
     """
     lowering = load_lowerings()
     report = getattr(model, "fp4_report", None)

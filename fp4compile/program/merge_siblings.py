@@ -40,15 +40,16 @@ def _arguments(node: fx.Node) -> list[Any]:
 
 def _key(capture: Capture, node: fx.Node) -> Any:
     """Equal for linears that can be one; None for one that stays alone."""
-    operand, scale, packed, _, bias, *settings = _arguments(node)
-    block_scale = settings[2]
-    tensors = [value for value in (packed, bias, block_scale) if value is not None]
+    operand, scale, *weight_and_settings = _arguments(node)
+    packed, weight_scale, bias, format_, dtype, block_scale, block_size = weight_and_settings
+    tensors = [value for value in (packed, weight_scale, bias, block_scale) if value is not None]
     if any(value not in capture.constants for value in tensors):
         return None
+    kinds = tuple(value.meta["val"].dtype for value in tensors)
     # One outer scale per tensor cannot be merged, unless it is the same.
-    outer = None if block_scale is None else capture.constants[_arguments(node)[3]].item()
-    plain = (settings[0], settings[1], block_scale is None, settings[3], outer, bias is None)
-    return (_source(capture, operand, scale), *plain, node.meta[BLOCK])
+    outer = None if block_scale is None else capture.constants[weight_scale].item()
+    settings = (format_, dtype, block_size, kinds, bias is None, outer, node.meta[BLOCK])
+    return (_source(capture, operand, scale), *settings)
 
 
 def _source(capture: Capture, operand: fx.Node, scale: fx.Node | None) -> Any:

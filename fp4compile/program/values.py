@@ -58,36 +58,47 @@ def check_cache(cache: Any) -> None:
             raise NotFlat(f"a cache with a {type(layer).__name__}")
 
 
-class CacheMemo:
-    """The tensors and the key of the last cache, for as long as it holds the same objects.
+@dataclass(frozen=True)
+class FlatCache:
+    """Tensors and key of a cache in one state: the attributes of its layers."""
 
-    A decode step finds the cache of the step before it, with hundreds of attributes.
-    """
-
-    def __init__(self) -> None:
-        self._forget()
-
-    def _forget(self, _: Any = None) -> None:
-        self._cache: Callable[[], Any] = lambda: None
-        self._state: list[dict[str, Any]] = []
-        self.tensors: list[Tensor] = []
-        self.key: list[Any] = []
+    cache: Callable[[], Any]
+    state: list[dict[str, Any]]
+    tensors: list[Tensor]
+    key: list[Any]
 
     def holds(self, cache: Any) -> bool:
-        if cache is not self._cache() or len(cache.layers) != len(self._state):
+        if cache is not self.cache() or len(cache.layers) != len(self.state):
             return False
-        for layer, state in zip(cache.layers, self._state, strict=True):
+        for layer, state in zip(cache.layers, self.state, strict=True):
             attributes = vars(layer)
             for name, value in state.items():
                 if attributes.get(name) is not value:
                     return False
         return True
 
-    def keep(self, cache: Any, tensors: list[Tensor], key: list[Any]) -> None:
-        # The memory of a cache that nobody needs any more is not kept.
-        self._cache = weakref.ref(cache, self._forget)
-        self.tensors, self.key = tensors, key
-        self._state = [dict(vars(layer)) for layer in cache.layers]
+
+class CacheMemo:
+    """The cache of the last call: a decode step finds that of the step before it, with hundreds of
+    attributes that are still the same.
+    """
+
+    def __init__(self) -> None:
+        self._last: FlatCache | None = None
+
+    def flat(self, cache: Any) -> FlatCache:
+        last = self._last  # once: another thread may call the model too
+        if last is None or not last.holds(cache):
+            check_cache(cache)
+            # The memory of a cache that nobody needs any more is not kept.
+            reference = weakref.ref(cache, self._forget)
+            state = [dict(vars(layer)) for layer in cache.layers]
+            last = self._last = FlatCache(reference, state, *_flat_cache(cache))
+        return last
+
+    def _forget(self, reference: Any) -> None:
+        if self._last is not None and self._last.cache is reference:
+            self._last = None
 
 
 class Flattened:
@@ -105,6 +116,8 @@ class Flattened:
         if isinstance(value, Tensor):
             if value.requires_grad and torch.is_grad_enabled():
                 raise NotFlat("an argument that requires a gradient")
+            if value.device.type != "cpu":
+                raise NotFlat(f"an argument on {value.device.type}")
             self.tensors.append(value)
             key.append(
                 (value.dtype, value.device, *[size if size < 2 else -1 for size in value.shape])
@@ -127,11 +140,9 @@ class Flattened:
 
     def _add_cache(self, cache: Any, key: list[Any]) -> None:
         self.caches.append(cache)
-        if not self._memo.holds(cache):
-            check_cache(cache)
-            self._memo.keep(cache, *_flat_cache(cache))
-        self.tensors.extend(self._memo.tensors)
-        key.extend(self._memo.key)
+        flat = self._memo.flat(cache)
+        self.tensors.extend(flat.tensors)
+        key.extend(flat.key)
 
 
 def _flat_cache(cache: Any) -> tuple[list[Tensor], list[Any]]:
