@@ -19,9 +19,9 @@ from fp4compile.report import Report
 
 logger = logging.getLogger(__name__)
 
-# What goes to Dynamo: it makes a graph per kind of call: batch of one or more, one token or many, empty or
-# filled cache, with or without attention mask. Dynamo's default limit of 8 graphs is too few, and
-# beyond it the rest would run uncompiled.
+# What goes to Dynamo becomes a graph per kind of call: batch of one or more, one token or many,
+# empty or filled cache, with or without attention mask. Its default limit of 8 graphs is too few,
+# and beyond it the rest would run uncompiled.
 GRAPHS = 32
 
 
