@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fp4compile.program.values import Results, states, substitute
+from fp4compile.program.values import Flattened, Results, fixed_dims, states, substitute
 
 
 @dataclass(frozen=True)
@@ -121,17 +121,20 @@ class Owners:
 
 
 def capture(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], flat: Flattened
 ) -> Capture:
-    """Trace ``module(*args, **kwargs)``, in which ``tensors`` are, as ``Flattened`` orders them.
+    """Trace ``module(*args, **kwargs)``, of which ``flat`` holds the tensors.
 
     Sizes of the call's tensors are symbolic but for 0 and 1; parameters are inputs of fixed size.
     Tensors in ``args`` and ``kwargs`` are not touched.
     """
     parameters = Parameters.of(module)
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
-    fixed = [_fake(fake_mode, tensor, DimDynamic.STATIC) for tensor in parameters.tensors]
-    free = [_fake(fake_mode, tensor, DimDynamic.DUCK) for tensor in tensors]
+    fixed = [_fake(fake_mode, tensor, range(tensor.dim())) for tensor in parameters.tensors]
+    free = [
+        _fake(fake_mode, tensor, fixed_dims(tensor) if index in flat.cached else ())
+        for index, tensor in enumerate(flat.tensors)
+    ]
     results: list[Results] = []
     marks: list[_Mark] = []
 
@@ -167,15 +170,16 @@ def _lift_attributes(module: fx.GraphModule, mode: FakeTensorMode) -> dict[fx.No
         tensor = getattr(module, str(node.target))
         with module.graph.inserting_before(next(iter(module.graph.nodes))):
             placeholder = module.graph.placeholder(node.name)
-        placeholder.meta = {"val": _fake(mode, tensor, DimDynamic.STATIC), BLOCK: None}
+        placeholder.meta = {"val": _fake(mode, tensor, range(tensor.dim())), BLOCK: None}
         node.replace_all_uses_with(placeholder)
         module.graph.erase_node(node)
         lifted[placeholder] = tensor
     return lifted
 
 
-def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: DimDynamic) -> Tensor:
-    context: Any = StatelessSymbolicContext(dynamic_sizes=[dynamic] * tensor.dim())
+def _fake(mode: FakeTensorMode, tensor: Tensor, fixed: Sequence[int]) -> Tensor:
+    sizes = [DimDynamic.STATIC if dim in fixed else DimDynamic.DUCK for dim in range(tensor.dim())]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(tensor, symbolic_context=context)
 
 

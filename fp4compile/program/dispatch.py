@@ -180,7 +180,7 @@ class Dispatcher:
         for program in known:
             if program.takes(flat.tensors):
                 return program
-        program = Program(capture(self._module, args, kwargs, flat.tensors), self._compile_region)
+        program = Program(capture(self._module, args, kwargs, flat), self._compile_region)
         known.append(program)
         logger.info(
             "compiled a call of %d regions, %d of them different", program.regions, program.kernels

@@ -108,6 +108,7 @@ class Flattened:
         self._memo = memo or CacheMemo()
         self.tensors: list[Tensor] = []
         self.caches: list[Any] = []
+        self.cached: set[int] = set()  # which of the tensors are in caches
         key: list[Any] = []
         self._add(value, key)
         self.key = tuple(key)
@@ -141,6 +142,7 @@ class Flattened:
     def _add_cache(self, cache: Any, key: list[Any]) -> None:
         self.caches.append(cache)
         flat = self._memo.flat(cache)
+        self.cached.update(range(len(self.tensors), len(self.tensors) + len(flat.tensors)))
         self.tensors.extend(flat.tensors)
         key.extend(flat.key)
 
@@ -153,7 +155,16 @@ def _flat_cache(cache: Any) -> tuple[list[Tensor], list[Any]]:
         if layer.is_initialized:
             states[-1].pop("max_cache_len", None)  # the length of its tensors
     flat = Flattened(states)
-    return flat.tensors, [type(cache), *flat.key]
+    fixed = [tuple(tensor.shape[dim] for dim in fixed_dims(tensor)) for tensor in flat.tensors]
+    return flat.tensors, [type(cache), *flat.key, *fixed]
+
+
+def fixed_dims(tensor: Tensor) -> tuple[int, ...]:
+    """Dimensions of a cache's tensor that are the model's: heads and their channels.
+
+    A symbol for them would be that of a batch that happens to be of the same size.
+    """
+    return (1, 3) if tensor.dim() == 4 else ()
 
 
 def substitute(value: Any, replace: Callable[[Tensor], Tensor], caches: list[Any]) -> Any:
