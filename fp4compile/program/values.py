@@ -34,6 +34,10 @@ class InputCache:
     index: int
 
 
+# Attributes of an initialized layer that repeat a size of its keys, and which.
+_SIZES = {"batch_size": 0, "max_cache_len": 2}
+
+
 def cache_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
     """(caches, their layers) that are known to consist of tensors and constants."""
     module = sys.modules.get("transformers.cache_utils")
@@ -152,8 +156,8 @@ def _flat_cache(cache: Any) -> tuple[list[Tensor], list[Any]]:
     states = []
     for layer in cache.layers:
         states.append(dict(vars(layer)))
-        if layer.is_initialized:
-            states[-1].pop("max_cache_len", None)  # the length of its tensors
+        for name in _SIZES if layer.is_initialized else ():
+            states[-1].pop(name, None)
     flat = Flattened(states)
     fixed = [tuple(tensor.shape[dim] for dim in fixed_dims(tensor)) for tensor in flat.tensors]
     return flat.tensors, [type(cache), *flat.key, *fixed]
@@ -191,8 +195,9 @@ def _substitute_layer(layer: Any, replace: Callable[[Tensor], Tensor]) -> Any:
     for name, value in vars(layer).items():
         if isinstance(value, Tensor):
             setattr(clone, name, replace(value))
-    if clone.is_initialized and hasattr(clone, "max_cache_len"):
-        clone.max_cache_len = clone.keys.shape[2]  # symbolic where the tensor is
+    for name, dim in _SIZES.items() if clone.is_initialized else ():
+        if hasattr(clone, name):
+            setattr(clone, name, clone.keys.shape[dim])  # symbolic where the tensor is
     return clone
 
 
