@@ -299,12 +299,13 @@ def initialize_caches(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     Inside a program their length would be a constant.
     """
     arguments: list[Any] = [*args, *kwargs.values()]
-    for cache in arguments:
-        if not is_cache(cache) or type(cache) is not cache_types()[0][0]:
-            continue
-        if all(layer.is_initialized for layer in cache.layers):
-            continue
+    for cache in filter(_waits, arguments):
         shape = module._get_static_cache_init_shape()
         batch = next((len(value) for value in arguments if isinstance(value, Tensor)), None)
         if shape is not None and batch is not None:
             cache.early_initialization(batch, *shape, module.dtype, module.device)
+
+
+def _waits(cache: Any) -> bool:
+    static = cache_types()[0][:1]
+    return type(cache) in static and not all(layer.is_initialized for layer in cache.layers)
