@@ -1,8 +1,12 @@
 """fp4compile: trained transformers to fast 4-bit floating-point ones, without training."""
 
 from fp4compile.api import quantize, quantize_and_compile
-from fp4compile.compile import load_lowerings
+from fp4compile.compile import compile_model, load_lowerings, run_as_programs
+from fp4compile.coverage import Coverage, verify
 from fp4compile.errors import Fp4CompileError
+from fp4compile.export import export, load_exported
+from fp4compile.integrations import install_hooks
+from fp4compile.measure import benchmark
 from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report
@@ -10,13 +14,22 @@ from fp4compile.search import SearchOptions
 
 __version__ = "0.1.0"
 __all__ = [
+    "Coverage",
     "Fp4CompileError",
     "QuantSpec",
     "Recipe",
     "Report",
     "SearchOptions",
     "TensorSpec",
+    "benchmark",
+    "compile_model",
+    "export",
+    "load_exported",
     "load_lowerings",
     "quantize",
     "quantize_and_compile",
+    "run_as_programs",
+    "verify",
 ]
+
+install_hooks()

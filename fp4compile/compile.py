@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -13,29 +13,49 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fp4compile.coverage import Recorder
+from fp4compile.errors import CompileError
 from fp4compile.program.dispatch import Dispatcher
 from fp4compile.program.generate import GenerateWithStaticCache, takes_static_cache
+from fp4compile.quantize_graph import quantize_graph
 from fp4compile.report import Report
 
 logger = logging.getLogger(__name__)
 
-# What goes to Dynamo becomes a graph per kind of call: batch of one or more, one token or many,
-# empty or filled cache, with or without attention mask. Its default limit of 8 graphs is too few,
-# and beyond it the rest would run uncompiled.
+# torch.compile makes a graph per kind of call: batch of one or more, one token or many, empty or
+# filled cache, with or without attention mask. Dynamo's default limit of 8 graphs is too few, and
+# beyond it the rest would run uncompiled.
 GRAPHS = 32
 
 
 def fp4compile_backend(
-    module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="fp4compile")``: Inductor with the fp4:: lowerings.
 
-    ``mode`` and ``options`` are Inductor's. Registered under the entry-point group
-    ``torch_dynamo_backends``, so the name works without importing fp4compile.
+    Registered under the entry-point group ``torch_dynamo_backends``, so the name works without
+    importing fp4compile.
+
+    Args:
+        mode: Inductor's.
+        options: Inductor's, and ``"recipe"``: a :class:`Recipe` or a path to one, by which the
+            weights of a full-precision model are quantized as it is compiled. They are read once,
+            like constants.
+
+    Raises:
+        RecipeError: the recipe cannot be read, or belongs to another model.
     """
-    load_lowerings()
-    inductor = torch._dynamo.lookup_backend("inductor")
-    compiled: Callable[..., Any] = inductor(module, list(example_inputs), **options)
+    options = dict(options or {})
+    recipe = options.pop("recipe", None)
+    if recipe is not None:
+        module = quantize_graph(module, example_inputs, recipe)
+    compiled: Callable[..., Any] = load_lowerings().compile_graph(
+        module, list(example_inputs), mode, options
+    )
     return compiled
 
 
@@ -45,15 +65,23 @@ def load_lowerings() -> ModuleType:
     return importlib.import_module("fp4compile.lowering")
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile(model)`` returned; other models as they are."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        load_lowerings()  # it compiles again once its weights are quantized
+        return uncompiled(model._orig_mod)
+    return model
+
+
 def compile_model(model: nn.Module) -> nn.Module:
     """Compile ``model``'s forward in place; batch and sequence stay dynamic.
 
-    Calls run as programs (``program/dispatch.py``), those that no program can take under Dynamo.
-    ``generate`` calls the forward, so it is compiled too, and uses a static cache where nobody asks
-    for another; transformers' own compilation of the decode step is switched off, since it would
-    compile the compiled forward again.
+    ``generate`` calls the forward, so it is compiled too; transformers' own compilation of the
+    decode step is switched off, since it would compile the compiled forward again. What
+    ``torch.compile`` returned stays as it is.
     """
     lowering = load_lowerings()
+    wrapper, model = model, uncompiled(model)
     report = getattr(model, "fp4_report", None)
     if isinstance(report, Report):
         kernels = {
@@ -65,17 +93,41 @@ def compile_model(model: nn.Module) -> nn.Module:
         counts = Counter(choice.target for choice in kernels.values())
         logger.info("kernels: %s", ", ".join(f"{n} x {target}" for target, n in counts.items()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    model.compile(backend=fp4compile_backend, dynamic=True)
-    dynamo = model._compiled_call_impl
-    assert dynamo is not None
-    model._compiled_call_impl = Dispatcher(
-        model,
-        lambda region, fake_mode: lowering.compile_graph(region.graph, fake_mode),
-        dynamo,
-    )
+    if wrapper is model:
+        recorder = Recorder(fp4compile_backend, lowering)
+        model.fp4_recorder = recorder  # type: ignore[assignment]  # read by verify()
+        model.compile(backend=recorder, dynamic=True)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True
+    return wrapper
+
+
+def run_as_programs(model: nn.Module) -> nn.Module:
+    """Let the calls of a compiled model run as programs (docs/cpu.md).
+
+    Repeated blocks compile once, and no guards run between the steps of ``generate``, which then
+    uses a static cache where nobody asks for another. Calls that no program can take run as before.
+
+    ``verify()`` does not see the code of programs.
+
+    Raises:
+        CompileError: ``model`` was not compiled by ``quantize_and_compile`` or ``compile_model``.
+    """
+    dynamo = model._compiled_call_impl
+    if dynamo is None:
+        raise CompileError(
+            f"this {type(model).__name__} is not compiled; pass it to quantize_and_compile or "
+            "compile_model first"
+        )
+    if isinstance(dynamo, Dispatcher):
+        return model
+    lowering = load_lowerings()
+    model._compiled_call_impl = Dispatcher(
+        model,
+        lambda region, fake_mode: lowering.compile_region(region.graph, fake_mode),
+        dynamo,
+    )
     if takes_static_cache(model) and "generate" not in vars(model):
         generate: Any = model.generate
         vars(model)["generate"] = GenerateWithStaticCache(model, generate)

@@ -32,7 +32,7 @@ class MemoryLimitError(Fp4CompileError):
 
 
 class CheckpointError(Fp4CompileError):
-    """``calibration_dir`` belongs to another run, or a file of it cannot be read."""
+    """``calibration_dir`` or a saved model belongs to another run, or cannot be read."""
 
 
 class TraceError(Fp4CompileError):
@@ -61,6 +61,14 @@ class CompileError(Fp4CompileError):
 
 class EvaluationError(Fp4CompileError):
     """A measurement was asked for that has nothing to measure."""
+
+
+class ReportError(Fp4CompileError):
+    """A report cannot be made of what was given, or not be written where it should."""
+
+
+class ModelError(Fp4CompileError):
+    """A model that was named cannot be loaded, or cannot do what was asked of it."""
 
 
 class MissingDependencyError(Fp4CompileError):

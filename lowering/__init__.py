@@ -3,17 +3,32 @@
 Importing this package registers them with Inductor.
 """
 
+from functools import partial
+
 import fp4compile.ops  # noqa: F401  (defines the ops that are lowered)
-from fp4compile.lowering import inductor
+from fp4compile.lowering import inductor, package
+from fp4compile.lowering.code import calls_in
 from fp4compile.lowering.config import config
 
 inductor.check_torch_version()
-inductor.install_source_hash(lambda: repr(config))
+inductor.install_source_hash(config.__repr__)
+saved_code = inductor.saved_code
+compile_region = inductor.compile_region
+compile_graph = partial(inductor.compile_graph, settings=config.__repr__)
 
 # After the version guard.
 from fp4compile.lowering import ops  # noqa: E402, F401
 from fp4compile.lowering.ops.linear import kernel_for  # noqa: E402
+from fp4compile.lowering.serves import services  # noqa: E402
 
-compile_graph = inductor.compile_graph
-
-__all__ = ["compile_graph", "config", "kernel_for"]
+__all__ = [
+    "calls_in",
+    "compile_graph",
+    "compile_region",
+    "config",
+    "inductor",
+    "kernel_for",
+    "package",
+    "saved_code",
+    "services",
+]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,11 @@ from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import register_decomposition
+from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V, ops
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -54,6 +58,20 @@ def check_torch_version(version: str = torch.__version__) -> None:
             f"torch {version} was never tried with fp4compile's Inductor lowerings; "
             f"install torch >= {first[0]}.{first[1]}, < {beyond[0]}.{beyond[1]}"
         )
+
+
+def cpp_compiler() -> str:
+    """The command that Inductor compiles C++ with.
+
+    Raises:
+        CompileError: there is none.
+    """
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise CompileError(
+            f"Inductor finds no C++ compiler ({error}); install gcc/g++, or name one in CXX"
+        ) from error
 
 
 @cache
@@ -83,9 +101,14 @@ class SourceHash(CustomGraphPass):
 def install_source_hash(settings: Callable[[], str]) -> None:
     """Append :class:`SourceHash` to whatever the user has in the slot."""
     present = inductor_config.post_grad_custom_pre_pass
+    inductor_config.post_grad_custom_pre_pass = _with_source_hash(present, settings)
+
+
+def _with_source_hash(present: Any, settings: Callable[[], str]) -> list[Any]:
     chain = list(present) if isinstance(present, (list, tuple)) else [present] if present else []
-    if not any(isinstance(item, SourceHash) for item in chain):
-        inductor_config.post_grad_custom_pre_pass = [*chain, SourceHash(settings)]
+    if any(isinstance(item, SourceHash) for item in chain):
+        return chain
+    return [*chain, SourceHash(settings)]
 
 
 def source_hash_installed() -> bool:
@@ -93,6 +116,36 @@ def source_hash_installed() -> bool:
     present = inductor_config.post_grad_custom_pre_pass
     chain = present if isinstance(present, (list, tuple)) else [present]
     return any(isinstance(item, SourceHash) for item in chain)
+
+
+def compile_graph(
+    module: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    mode: str | None,
+    options: dict[str, Any],
+    settings: Callable[[], str],
+) -> Callable[..., Any]:
+    """Inductor on a Dynamo graph, ``mode`` and ``options`` as those of ``torch.compile``."""
+    slot = "post_grad_custom_pre_pass"
+    compile_fx = torch._TorchCompileInductorWrapper(mode, options, dynamic=None)
+    if slot in compile_fx.config:
+        compile_fx.config[slot] = _with_source_hash(compile_fx.config[slot], settings)
+    compiled: Callable[..., Any] = compile_fx(module, example_inputs)
+    return compiled
+
+
+@contextlib.contextmanager
+def saved_code(save: Callable[[str], None]) -> Iterator[None]:
+    """Calls ``save`` with the text of every graph generated, or found in a cache, inside."""
+    before = GraphLowering.save_output_code
+
+    def both(code: str) -> None:
+        save(code)
+        if before is not None:
+            before(code)
+
+    with patch.object(GraphLowering, "save_output_code", both):
+        yield
 
 
 class _TextTemplate(CppTemplate):
@@ -135,6 +188,13 @@ class GemmTemplate(_TextTemplate):
                 kernel=kernel,
                 header=self.header().getvalue(),
                 export=get_export_declaration(),
+                marker=json.dumps(
+                    {
+                        "kernel": self.name.removeprefix("fp4_"),
+                        "problem": str(self.problem),
+                        "epilogue": _operations(kwargs.get("epilogue_nodes") or []),
+                    }
+                ),
                 problem=self.problem,
                 bfloat16_bits=bfloat16_bits,
                 operand_type=DTYPE_TO_CPP[self.problem.operand_dtype],
@@ -272,6 +332,13 @@ class _Output:
         self.aliases = dict.fromkeys(aliased, self.written.get_name())
 
 
+def _operations(nodes: list[Any]) -> list[str]:
+    """Names of the operations that ``nodes`` of an epilogue came from."""
+    # As the user's graph had them: silu, not the four operations that it was decomposed into.
+    originals = [o.meta.get("original_aten") for node in nodes for o in node.get_origins()]
+    return sorted({op._opname for op in originals if isinstance(op, torch._ops.OpOverload)})
+
+
 def _copy(source: Any, destination: Any) -> Any:
     load = source.make_loader()
     dtype = destination.get_dtype()
@@ -284,7 +351,7 @@ def _copy(source: Any, destination: Any) -> Any:
     return ir.ComputedBuffer(name=destination.get_name(), layout=destination.layout, data=data)
 
 
-def compile_graph(
+def compile_region(
     graph: torch.fx.Graph, fake_mode: FakeTensorMode
 ) -> Callable[[list[Any]], Sequence[Any]]:
     """A function of a list of the placeholders of ``graph`` (it empties the list) that returns the

@@ -1,4 +1,4 @@
-"""Compiling a quantized model: the report, the backend, and what the model then computes."""
+"""The compiled model computes what the eager one computes, and compiles no more than it must."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import tiny_llama, tokens
 from torch import nn
+from torch._dynamo.utils import counters
 
 import fp4compile
 from fp4compile.compile import compile_model
@@ -23,7 +24,44 @@ def eager() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def compiled(eager) -> nn.Module:
-    return compile_model(copy.deepcopy(eager))
+    torch.compiler.reset()
+    counters.clear()
+    model = compile_model(copy.deepcopy(eager))
+    # Warm-up: one call of every kind that the tests make.
+    with torch.no_grad():
+        model(tokens(2, 9))
+        for batch in (2, 3):
+            model.generate(tokens(batch, 5), max_new_tokens=3, do_sample=False)
+    return model
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_forward_equals_eager_without_compiling_again(eager, compiled):
+    before = graphs()
+    for batch, length in ((2, 9), (4, 24), (3, 17), (7, 2)):
+        with torch.no_grad():
+            got, expected = compiled(tokens(batch, length)), eager(tokens(batch, length))
+        torch.testing.assert_close(got.logits, expected.logits, rtol=2e-2, atol=2e-2)
+        agree = (got.logits.argmax(-1) == expected.logits.argmax(-1)).float().mean()
+        assert agree > 0.99
+    assert graphs() == before
+
+
+def test_generate_equals_eager_without_compiling_again(eager, compiled):
+    before = graphs()
+    # Other batch sizes, other prompt lengths, more decode steps, a second prompt.
+    for batch, length, steps in ((2, 5, 12), (4, 11, 6), (3, 7, 9)):
+        prompt = tokens(batch, length, seed=batch)
+        options = {"max_new_tokens": steps, "do_sample": False}
+        assert torch.equal(compiled.generate(prompt, **options), eager.generate(prompt, **options))
+    assert graphs() == before
+
+
+def test_no_graph_breaks(compiled):
+    assert not counters["graph_break"]
 
 
 def test_the_report_names_every_kernel(compiled):
@@ -64,7 +102,6 @@ def test_torch_compile_takes_quantized_models(backend):
     x = torch.randn(5, 16)
     model = fp4compile.quantize(Linears(), [x], progress=False)
     expected = model(x)
-    fp4compile.load_lowerings()
     got = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)(x)
     assert torch.equal(got, expected)
 
@@ -86,3 +123,50 @@ def test_quantize_and_compile_returns_the_same_model():
     assert fp4compile.quantize_and_compile(model, [x], progress=False) is model
     assert model(x).shape == (5, 8)
     assert model.fp4_report.kernels
+
+
+class Stream:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+VARIANTS = {
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "beams": {"num_beams": 2, "do_sample": False},
+    "static-cache": {"cache_implementation": "static", "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_way_to_generate_gives_the_tokens_of_the_eager_model(eager, compiled, variant):
+    options = {**VARIANTS[variant], "max_new_tokens": 6}
+    prompt = tokens(3, 5, seed=4)
+    outputs = []
+    for model in (compiled, eager):
+        torch.manual_seed(0)  # of the sampling
+        outputs.append(model.generate(prompt, **options))
+    assert torch.equal(*outputs)
+
+
+def test_streaming(eager, compiled):
+    prompt, stream = tokens(1, 5, seed=4), Stream()
+    got = compiled.generate(prompt, max_new_tokens=4, do_sample=False, streamer=stream)
+    assert stream.tokens == got[0].tolist()
+    assert stream.ended
+    assert torch.equal(got, eager.generate(prompt, max_new_tokens=4, do_sample=False))
+
+
+def test_an_fp4_draft_assists_a_full_precision_model(compiled):
+    target = tiny_llama(layers=1)
+    prompt = tokens(1, 5, seed=4)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = target.generate(prompt, **options)
+    assert torch.equal(target.generate(prompt, assistant_model=compiled, **options), expected)

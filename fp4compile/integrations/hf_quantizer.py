@@ -1,0 +1,201 @@
+"""``save_pretrained`` and ``from_pretrained`` of quantized models, as a transformers quantizer.
+
+Loaded by ``integrations/__init__.py`` when transformers is; see docs/transformers.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fp4compile.errors import CheckpointError
+from fp4compile.formats import alternatives
+from fp4compile.integrations.serialize import (
+    attribute_groups,
+    attributes_by_name,
+    bits_per_parameter,
+    flattened,
+    fp4_parameters,
+    restored,
+    tied_aliases,
+)
+from fp4compile.report import Report
+from fp4compile.tensor import FP4Tensor
+
+logger = logging.getLogger("fp4compile")
+
+METHOD = "fp4compile"
+# Of what is written; a change that older versions cannot read counts it up.
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class FP4CompileConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a quantized model's config.json.
+
+    ``groups``: the attributes of :class:`FP4Tensor`, each with the names of the "weights" that
+    have them; ``skipped``: why other weights are in high precision.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]] = (),
+        bits_per_parameter: float | None = None,
+        skipped: Mapping[str, str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **_: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has fp4compile format {format_version}, this version reads "
+                f"{FORMAT_VERSION}; install a matching fp4compile, or quantize the model again"
+            )
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.bits_per_parameter = bits_per_parameter
+        self.groups = [dict(group) for group in groups]
+        self.skipped = dict(skipped or {})
+
+    @classmethod
+    def of(cls, model: nn.Module) -> FP4CompileConfig:
+        """The config that describes ``model``'s FP4 weights."""
+        report = getattr(model, "fp4_report", None)
+        return cls(
+            attribute_groups(fp4_parameters(model)),
+            round(bits_per_parameter(model), 4),
+            report.skipped if isinstance(report, Report) else None,
+        )
+
+
+@register_quantizer(METHOD)
+class FP4CompileQuantizer(HfQuantizer):
+    """Writes FP4 weights as plain tensors, and makes them again while a checkpoint is read.
+
+    The model comes on the meta device, so only packed codes are ever in memory.
+    """
+
+    quantization_config: FP4CompileConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise CheckpointError(
+                "this checkpoint is in high precision, and FP4 needs calibration: load it without "
+                "quantization_config and call fp4compile.quantize(model, data)"
+            )
+        self.attributes = attributes_by_name(self.quantization_config.groups)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        # What is in the model now: it may have been cast or partly replaced since.
+        config = FP4CompileConfig.of(model)
+        model.config.quantization_config = self.quantization_config = config
+        weights = fp4_parameters(model)
+        state = flattened(model.state_dict(), tied_aliases(weights, model.all_tied_weights_keys))
+        logger.info(
+            "saving %d FP4 weights, %.2f bits per parameter over the whole model",
+            len({id(weight) for weight in weights.values()}),
+            config.bits_per_parameter,
+        )
+        return state, {}
+
+    def attributes_of(self, model: PreTrainedModel, name: str) -> dict[str, Any] | None:
+        """Attributes of the weight called ``name`` in ``model``, or None: no FP4 weight.
+
+        A head's checkpoint names the base model's weights with a prefix, and the reverse.
+        """
+        prefix = f"{model.base_model_prefix}."
+        for known in (name, prefix + name, name.removeprefix(prefix)):
+            if known in self.attributes:
+                return self.attributes[known]
+        return None
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        attributes = self.attributes_of(model, param_name)
+        if attributes is None:
+            return float(param.element_size())
+        return alternatives(attributes["weight_format"])[0].bits / 8
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        # One pattern for all parts; the parameter keeps its name.
+        sources = [rf"\.{part}$" for part in FP4Tensor.TENSORS]
+        return [WeightConverter(sources, "", [_Restore(self)])]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        model.requires_grad_(False)
+        # Saving reverts conversions; ours is done by get_state_dict_and_metadata.
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if not any(isinstance(op, _Restore) for op in getattr(conversion, "operations", ()))
+        ]
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        made: dict[int, nn.Parameter] = {}
+        for name, weight in fp4_parameters(model).items():
+            owner, _, attribute = name.rpartition(".")
+            if id(weight) not in made:
+                value = weight.dequantize().to(dtype or weight.dtype)
+                made[id(weight)] = nn.Parameter(value, requires_grad=False)
+            setattr(model.get_submodule(owner), attribute, made[id(weight)])
+        return model
+
+
+class _Restore(ConversionOps):
+    """Parts of one weight to the weight."""
+
+    def __init__(self, hf_quantizer: FP4CompileQuantizer) -> None:
+        # Under this name transformers looks for it: it then leaves the dtype of the parts alone.
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        attributes = self.hf_quantizer.attributes_of(model, full_layer_name)
+        if attributes is None:
+            raise CheckpointError(
+                f"{full_layer_name} is packed, but quantization_config in config.json does not "
+                "name it; config.json and the weights belong to different models"
+            )
+        names = dict(zip(source_patterns, FP4Tensor.TENSORS, strict=True))
+        parts = {names[pattern]: tensors[0] for pattern, tensors in input_dict.items()}
+        replaced = model.get_parameter(full_layer_name)
+        weight = restored(full_layer_name, parts, attributes, replaced.shape, replaced.dtype)
+        return {full_layer_name: nn.Parameter(weight, requires_grad=False)}
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Let ``model.save_pretrained`` write its FP4 weights, as after ``from_pretrained``."""
+    config = FP4CompileConfig.of(model)
+    quantizer = FP4CompileQuantizer(config)
+    quantizer.attributes = attributes_by_name(config.groups)
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = config
+    model.is_quantized = True
+    model.quantization_method = METHOD

@@ -1,0 +1,58 @@
+"""What Inductor's generated text says: which kernel is called with which inputs of the graph."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from fp4compile.coverage import KernelCall
+from fp4compile.kernels import REFERENCE
+
+# name = async_compile.cpp_pybinding([...], r'''text''')
+_DEFINITION = re.compile(r"^(\w+) = async_compile\.\w+\(.*?'''(.*?)'''", re.DOTALL | re.MULTILINE)
+_MARKER = re.compile(r"^\s*// fp4compile (\{.*\})$", re.MULTILINE)
+# def call(self, args): arg0_1, arg1_1 = args
+_INPUTS = re.compile(r"^ *def call\(.*?\):\n\s+(.*?),? = args$", re.MULTILINE)
+# [buf = ][torch.ops.]name(arguments)
+_CALL = re.compile(r"^\s+(?:\w+ = )?([\w.]+)\((.*)\)$")
+_NAME = re.compile(r"\b\w+\b")
+
+
+def calls_in(code: str) -> tuple[int, tuple[KernelCall, ...]]:
+    """Number of inputs of the graph whose generated ``code`` this is, and its kernel calls.
+
+    A kernel of the templates tells in a comment what it is; another one is Inductor's own; an
+    fp4:: op that is called as it is runs the eager reference.
+    """
+    inputs = _INPUTS.search(code)
+    if inputs is None:
+        return 0, ()
+    names = re.split(r",\s*", inputs[1])
+    markers = {
+        name: json.loads(marker[1]) if (marker := _MARKER.search(text)) else {}
+        for name, text in _DEFINITION.findall(code)
+    }
+    positions = {name: position for position, name in enumerate(names)}
+    return len(names), tuple(_calls(code[inputs.end() :], markers, positions))
+
+
+def _calls(
+    body: str, markers: dict[str, dict[str, Any]], positions: dict[str, int]
+) -> Iterator[KernelCall]:
+    for line in body.splitlines():
+        match = _CALL.match(line)
+        if match is None:
+            continue
+        function, arguments = match[1], match[2]
+        if function in markers:
+            about = markers[function]
+            kernel, problem = about.get("kernel", "inductor"), about.get("problem", "")
+            epilogue = tuple(about.get("epilogue", ()))
+        elif function.startswith("torch.ops.fp4."):
+            kernel, problem, epilogue = REFERENCE, function.removeprefix("torch.ops."), ()
+        else:
+            continue
+        used = (positions[name] for name in _NAME.findall(arguments) if name in positions)
+        yield KernelCall(kernel, problem, epilogue, frozenset(used))

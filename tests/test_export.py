@@ -1,0 +1,70 @@
+"""An exported file runs in a process that has no fp4compile, with the same numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import NormThenLinears, tiny_llama, tokens
+
+import fp4compile
+from fp4compile.errors import CompileError
+
+RUN = """
+import sys, torch
+sys.modules["fp4compile"] = None  # whoever imports it fails
+program = torch._inductor.aoti_load_package(sys.argv[1])
+for ids in torch.load(sys.argv[2]):
+    torch.save(program(input_ids=ids, use_cache=False)["logits"], f"{sys.argv[2]}.{len(ids)}")
+"""
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return fp4compile.quantize(tiny_llama(layers=1), [tokens(seed=1)], progress=False)
+
+
+@pytest.fixture(scope="module")
+def package(llama, tmp_path_factory) -> Path:
+    return fp4compile.export(llama, tmp_path_factory.mktemp("export") / "llama.pt2")
+
+
+def test_the_file_runs_without_fp4compile(llama, package, tmp_path):
+    prompts = [tokens(5, 9), tokens(2, 13)]
+    torch.save(prompts, tmp_path / "prompts")
+    subprocess.run([sys.executable, "-c", RUN, package, tmp_path / "prompts"], check=True)
+    for ids in prompts:
+        got = torch.load(tmp_path / f"prompts.{len(ids)}")
+        torch.testing.assert_close(got, llama(ids, use_cache=False).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_the_cpu_is_checked_at_load(package, monkeypatch):
+    ids = tokens(3, 4)
+    assert fp4compile.load_exported(package)(input_ids=ids, use_cache=False)["logits"].shape[
+        :2
+    ] == (3, 4)
+    monkeypatch.setattr("fp4compile.export.cpu_features", lambda: ["sse4_2"])
+    with pytest.raises(CompileError, match=r"compiled for a CPU with .*avx"):
+        fp4compile.load_exported(package)
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "other.pt2").write_text("no package")
+    with pytest.raises(CompileError, match="not written by"):
+        fp4compile.load_exported(tmp_path / "other.pt2")
+
+
+def test_models_that_cannot_run_alone_are_refused(tmp_path):
+    x = torch.randn(5, 32)
+    path = tmp_path / "model.pt2"
+    with pytest.raises(CompileError, match="no FP4 weights"):
+        fp4compile.export(NormThenLinears(), path, (x,))
+    model = fp4compile.quantize(NormThenLinears(), [x], "w6a6", method="minmax", progress=False)
+    with pytest.raises(CompileError, match=r"up\.weight: .*6 bits"):
+        fp4compile.export(model, path, (x,))
+    with pytest.raises(CompileError, match=r"end in \.pt2"):
+        fp4compile.export(model, tmp_path / "model.so")
+    assert not path.exists()
