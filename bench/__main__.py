@@ -15,11 +15,13 @@ from bench import accuracy as accuracy_bench
 from bench import digits as digits_bench
 from bench import families as families_bench
 from bench import gemm as gemm_bench
+from bench import model as model_bench
 from bench import roofline as paper
 from bench import sts as sts_bench
 from bench.compare import DEFAULT_NOISE
 from bench.compare import compare as compare_files
 from bench.machine import measure_machine
+from bench.peers import MODELS, PEERS
 from fp4compile.lowering.gpus import GPUS, gpu_by_name
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -85,6 +87,49 @@ def roofline(
     """Bounds of GPU kernels from datasheets and compiled code; computed, not measured."""
     names = [gpu_by_name(name).name for name in target or GPUS]
     typer.echo(paper.markdown(list(paper.run(names))))
+
+
+@app.command()
+def model(
+    name: Annotated[
+        str, typer.Option("--model", help=f"One of {', '.join(MODELS)}.")
+    ] = "smollm2-135m",
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="A candidate; repeatable. All without.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads for everybody.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    new: Annotated[int, typer.Option(help="Tokens decoded per turn.")] = 32,
+    repetitions: Annotated[int, typer.Option(help="Turns per candidate.")] = 5,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
+) -> None:
+    """A whole model at batch 1: prefill and decode, compile time cold and warm, peak memory."""
+    _check(name, MODELS, "models")
+    for candidate in only or ():
+        _check(candidate, PEERS, "candidates")
+    for result in model_bench.run(only or list(PEERS), name, threads, prompt, new, repetitions):
+        if isinstance(result, model_bench.Skipped):
+            typer.echo(f"{result.name:<22}skipped: {result.reason}")
+            continue
+        warm = "" if result.compile_warm is None else f", warm {result.compile_warm:.0f}"
+        typer.echo(
+            f"{result.name:<22}prefill {_spread(result.prefill)}  decode {_spread(result.decode)} "
+            f"tokens/s  token {result.token_ms_p50:.2f} ms, 95% below {result.token_ms_p95:.2f}  "
+            f"first call {result.compile_cold:.0f} s{warm}  "
+            f"peak {result.peak_bytes / 2**30:.2f} GiB"
+        )
+        if json_path is not None:
+            with json_path.open("a") as lines:
+                lines.write(json.dumps(result.to_json()) + "\n")
+
+
+def _spread(spread: tuple[float, float, float]) -> str:
+    return "{:.0f} ({:.0f} to {:.0f})".format(*spread)
+
+
+def _check(name: str, known: Iterable[str], what: str) -> None:
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is none of the {what}; there are {list(known)}")
 
 
 @app.command()

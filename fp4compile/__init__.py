@@ -1,7 +1,7 @@
 """fp4compile: trained transformers to fast 4-bit floating-point ones, without training."""
 
 from fp4compile.api import quantize, quantize_and_compile
-from fp4compile.compile import compile_model, load_lowerings
+from fp4compile.compile import compile_model, load_lowerings, run_as_programs
 from fp4compile.coverage import Coverage, verify
 from fp4compile.errors import Fp4CompileError
 from fp4compile.export import export, load_exported
@@ -28,6 +28,7 @@ __all__ = [
     "load_lowerings",
     "quantize",
     "quantize_and_compile",
+    "run_as_programs",
     "verify",
 ]
 

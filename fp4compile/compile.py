@@ -14,6 +14,9 @@ import torch
 from torch import fx, nn
 
 from fp4compile.coverage import Recorder
+from fp4compile.errors import CompileError
+from fp4compile.program.dispatch import Dispatcher
+from fp4compile.program.generate import GenerateWithStaticCache, takes_static_cache
 from fp4compile.quantize_graph import quantize_graph
 from fp4compile.report import Report
 
@@ -98,3 +101,34 @@ def compile_model(model: nn.Module) -> nn.Module:
     if generation_config is not None:
         generation_config.disable_compile = True
     return wrapper
+
+
+def run_as_programs(model: nn.Module) -> nn.Module:
+    """Let the calls of a compiled model run as programs (docs/cpu.md).
+
+    Repeated blocks compile once, and no guards run between the steps of ``generate``, which then
+    uses a static cache where nobody asks for another. Calls that no program can take run as before.
+
+    ``verify()`` does not see the code of programs.
+
+    Raises:
+        CompileError: ``model`` was not compiled by ``quantize_and_compile`` or ``compile_model``.
+    """
+    dynamo = model._compiled_call_impl
+    if dynamo is None:
+        raise CompileError(
+            f"this {type(model).__name__} is not compiled; pass it to quantize_and_compile or "
+            "compile_model first"
+        )
+    if isinstance(dynamo, Dispatcher):
+        return model
+    lowering = load_lowerings()
+    model._compiled_call_impl = Dispatcher(
+        model,
+        lambda region, fake_mode: lowering.compile_region(region.graph, fake_mode),
+        dynamo,
+    )
+    if takes_static_cache(model) and "generate" not in vars(model):
+        generate: Any = model.generate
+        vars(model)["generate"] = GenerateWithStaticCache(model, generate)
+    return model

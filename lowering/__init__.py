@@ -13,6 +13,7 @@ from fp4compile.lowering.config import config
 inductor.check_torch_version()
 inductor.install_source_hash(config.__repr__)
 saved_code = inductor.saved_code
+compile_region = inductor.compile_region
 compile_graph = partial(inductor.compile_graph, settings=config.__repr__)
 
 # After the version guard.
@@ -23,6 +24,7 @@ from fp4compile.lowering.serves import services  # noqa: E402
 __all__ = [
     "calls_in",
     "compile_graph",
+    "compile_region",
     "config",
     "inductor",
     "kernel_for",

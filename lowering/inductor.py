@@ -17,6 +17,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.schemas import OutputType
+from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor import lowering as inductor_lowering  # must precede codegen.cpp_template
@@ -27,6 +30,7 @@ from torch._inductor.codegen.cpp_gemm_template import (
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import register_decomposition
@@ -34,6 +38,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V, ops
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fp4compile
 from fp4compile.errors import CompileError
@@ -221,6 +226,25 @@ class GemmTemplate(_TextTemplate):
         )
 
 
+class OneKernelTemplate(_TextTemplate):
+    """A kernel that stores its one result itself."""
+
+    def render(self, **kwargs: Any) -> str:
+        """Text of the kernel."""
+        result = kwargs.get("template_buffer_node") or self.output_node
+        assert not kwargs.get("epilogue_nodes")  # see one_kernel
+        return _parsed(self.source).render(
+            kernel=kwargs["kernel"],
+            header=self.header().getvalue(),
+            export=get_export_declaration(),
+            problem=self.problem,
+            operand_type=DTYPE_TO_CPP[self.problem.dtype],
+            inputs=dict(zip(self.input_names, self.input_nodes, strict=True)),
+            result=result,
+            threads=None if inductor_config.cpp.threads < 1 else self.num_threads,
+        )
+
+
 class ActivationTemplate(_TextTemplate):
     """Rows of an activation to an operand and its scales: two results of one kernel."""
 
@@ -327,6 +351,48 @@ def _copy(source: Any, destination: Any) -> Any:
     return ir.ComputedBuffer(name=destination.get_name(), layout=destination.layout, data=data)
 
 
+def compile_region(
+    graph: torch.fx.Graph, fake_mode: FakeTensorMode
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """A function of a list of the placeholders of ``graph`` (it empties the list) that returns the
+    outputs.
+
+    ``node.meta["val"]`` of the placeholders says what they are, sizes perhaps symbolic.
+    """
+    inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    kernels: list[Any] = []
+
+    def keep(module: Any, example_inputs: Any, **kwargs: Any) -> Any:
+        kernels.append(compile_fx_inner(module, example_inputs, **kwargs))
+        return kernels[-1]
+
+    context = TracingContext(fake_mode)
+    with (
+        tracing(context),
+        torch.no_grad(),
+        # A hit in AOTAutograd's cache would not show us the kernels; Inductor's is enough.
+        functorch_config.patch(enable_autograd_cache=False),
+        # Whoever calls has checked the sizes; a check per buffer takes longer than its kernel.
+        inductor_config.patch(size_asserts=False, alignment_asserts=False),
+    ):
+        whole: Any = compile_fx(torch.fx.GraphModule({}, graph), inputs, inner_compile=keep)
+    if len(kernels) == 1 and _adds_nothing(context.fw_metadata, len(inputs)):
+        return kernels[0].current_callable
+    return lambda arguments: whole(*arguments)
+
+
+def _adds_nothing(metadata: Any, inputs: int) -> bool:
+    """Whether AOTAutograd's wrapper, which takes longer than a small kernel, only hands on."""
+    return (
+        metadata is not None
+        and len(metadata.input_info) == inputs
+        and not metadata.mutated_inp_runtime_indices
+        and not metadata.num_intermediate_bases
+        and not metadata.tokens
+        and all(info.output_type is OutputType.non_alias for info in metadata.output_info)
+    )
+
+
 def register(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the lowering of ``op`` from realized inputs to an IR node."""
     # Otherwise a producer with several consumers is computed once per consumer.
@@ -363,6 +429,11 @@ def as_vector(node: Any) -> Any:
     return ir.ExternKernel.realize_input(inductor_lowering.view(ir.TensorBox(node), [-1]))
 
 
+def contiguous(node: Any) -> Any:
+    """``node`` realized and contiguous."""
+    return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
+
+
 def to_dtype(node: Any, dtype: torch.dtype) -> Any:
     return inductor_lowering.to_dtype(node, dtype)
 
@@ -376,6 +447,17 @@ def gemm(
     layout = ir.FixedLayout(matrix.get_device(), problem.out_dtype, size)
     template = GemmTemplate(name, source, problem, _distinct(inputs), layout)
     return inductor_lowering.view(template.generate().output_node(), [*batch, problem.N])
+
+
+def one_kernel(name: str, source: str, problem: Any, inputs: dict[str, Any]) -> Any:
+    """IR node of the size and dtype of the first input, computed by the kernel text ``source``."""
+    first = next(iter(inputs.values()))
+    layout = ir.FixedLayout(first.get_device(), first.get_dtype(), first.get_size())
+    template = OneKernelTemplate(name, source, problem, _distinct(inputs), layout)
+    result = template.generate().output_node()
+    # The text stores its result itself; what follows is another kernel.
+    V.graph.no_fuse_buffer_names.add(result.get_name())
+    return result
 
 
 def quantize_rows(

@@ -102,6 +102,22 @@ class ActivationProblem:
         )
 
 
+@dataclass(frozen=True)
+class AttentionProblem:
+    """One call of ``fp4::attend``: ``rows`` queries per head of ``head`` channels. Batch, heads and
+    length are run-time values.
+    """
+
+    rows: int
+    head: int
+    dtype: torch.dtype
+    scale: float
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"attend {self.rows} x {self.head} {str(self.dtype).removeprefix('torch.')}"
+
+
 def bfloat16_bits(value: int) -> int:
     """The bits of ``value`` as a bfloat16."""
     return int(torch.tensor(value, dtype=torch.bfloat16).view(torch.uint16))

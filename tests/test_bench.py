@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import VOCABULARY, tiny_llama
 
-from bench import accuracy, gemm
+from bench import accuracy, gemm, model, peers
 from bench.timing import interleave
 from fp4compile.search import METHODS
 
@@ -51,6 +51,18 @@ def test_a_configuration_is_measured(name, monkeypatch):
     assert result.tokens == 511
     assert result.bits_per_weight == 16 or 4 < result.bits_per_weight < 6
     assert (not result.layer_errors) == (name == "full precision")
+
+
+def test_a_whole_model_is_measured_and_an_absent_peer_is_skipped(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "absent", peers.Peer(lambda m: m, needs=("no_such_module",)))
+    skipped, result = model.run(
+        ["absent", "fp32 eager"], "llama-tiny", threads=1, prompt=8, new=4, repetitions=2
+    )
+    assert skipped == model.Skipped("absent", "not installed: no_such_module")
+    assert result.name == "fp32 eager"
+    assert result.compile_warm is None
+    assert 0 < result.token_ms_p50 <= result.token_ms_p95
+    assert all(low <= middle <= high for middle, low, high in (result.prefill, result.decode))
 
 
 def test_every_configuration_is_one_that_quantize_takes():

@@ -20,6 +20,7 @@ ROOMS: tuple[set[str], ...] = (
     {"tensor"},
     {"observers", "search"},
     {"passes"},
+    {"program"},
     {"compile"},
     {"api"},
 )

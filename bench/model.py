@@ -1,0 +1,142 @@
+"""Whole models, one process per candidate: prefill, decode, latency, compile time and memory.
+
+All candidates are loaded first and then take turns, so a drift of the machine hits them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from statistics import median, quantiles
+from typing import Any
+
+from bench.peers import PEERS, reason_absent
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """Tokens per second of a prompt of ``prompt`` tokens and of decoding after it, as (median,
+    lowest, highest) over the turns; milliseconds per decoded token; seconds until the first
+    prefill and decode were done, with an empty compiler cache and with a full one; peak memory of
+    the process.
+    """
+
+    name: str
+    model: str
+    threads: int
+    prompt: int
+    prefill: tuple[float, float, float]
+    decode: tuple[float, float, float]
+    token_ms_p50: float
+    token_ms_p95: float
+    compile_cold: float
+    compile_warm: float | None
+    peak_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A candidate that could not run here, and why."""
+
+    name: str
+    reason: str
+
+
+class _Worker:
+    """A candidate in a process of its own, told what to do by lines on its standard input."""
+
+    def __init__(self, name: str, model: str, threads: int, prompt: int, cache: str) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "bench.peers", name, model, str(threads), str(prompt)]
+        environment = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": cache,
+            "OMP_NUM_THREADS": str(threads),
+        }
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, request: str) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{request}\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"the process of {self.name!r} ended with {self._process.wait()}")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def run(
+    names: Sequence[str], model: str, threads: int, prompt: int, new: int, repetitions: int
+) -> Iterator[ModelResult | Skipped]:
+    """A result or a reason per candidate."""
+    with ExitStack() as stack:
+        workers: dict[str, _Worker] = {}
+        first: dict[str, dict[str, Any]] = {}
+        warm: dict[str, float | None] = {}
+        for name in names:
+            reason = reason_absent(name)
+            if reason is not None:
+                yield Skipped(name, reason)
+                continue
+            cache = stack.enter_context(tempfile.TemporaryDirectory())
+            cold = _Worker(name, model, threads, prompt, cache)
+            first[name] = cold.ask("compile")
+            warm[name] = None
+            if PEERS[name].compiles:
+                cold.close()
+                cold = _Worker(name, model, threads, prompt, cache)
+                warm[name] = cold.ask("compile")["seconds"]
+            workers[name] = cold
+            stack.callback(cold.close)
+        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+        for _ in range(repetitions):
+            for name, worker in workers.items():
+                turns[name].append(worker.ask(f"measure {new}"))
+        for name in workers:
+            yield _result(name, model, threads, prompt, first[name], warm[name], turns[name])
+
+
+def _result(
+    name: str,
+    model: str,
+    threads: int,
+    prompt: int,
+    first: dict[str, Any],
+    warm: float | None,
+    turns: list[dict[str, Any]],
+) -> ModelResult:
+    milliseconds = [ms for turn in turns for ms in turn["token_ms"]]
+    return ModelResult(
+        name,
+        model,
+        threads,
+        prompt,
+        _spread([prompt / turn["prefill"] for turn in turns]),
+        _spread([1e3 / median(turn["token_ms"]) for turn in turns]),
+        median(milliseconds),
+        quantiles(milliseconds, n=20)[-1],
+        first["seconds"],
+        warm,
+        max(turn["peak_bytes"] for turn in turns),
+    )
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    return median(values), min(values), max(values)

@@ -1,0 +1,181 @@
+"""The ways to run a model that ``bench model`` compares, and the process that runs one of them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``prepare(model)`` makes a float model what is measured; ``needs``: modules it imports."""
+
+    prepare: Callable[[Any], Any]
+    dtype: torch.dtype = torch.float32
+    needs: tuple[str, ...] = ()
+    compiles: bool = False
+
+
+def _fp4(preset: str, granularity: str = "tensor") -> Callable[[Any], Any]:
+    def prepare(model: Any) -> Any:
+        import fp4compile
+
+        spec = fp4compile.QuantSpec.preset(preset)
+        compiled = fp4compile.quantize_and_compile(
+            model,
+            [torch.arange(64)[None]],
+            spec.per_token() if granularity == "token" else spec,
+            method="minmax",  # as fast as any; speed is what is measured here
+            progress=False,
+        )
+        return fp4compile.run_as_programs(compiled)
+
+    return prepare
+
+
+def _compile(model: Any) -> Any:
+    model.compile(dynamic=True)
+    model.generation_config.disable_compile = True
+    return model
+
+
+def _torchao_int4(model: Any) -> Any:
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    quantize_(model, Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque"))
+    return _compile(model)
+
+
+def _bitsandbytes(model: Any) -> Any:
+    import bitsandbytes
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and name != "lm_head":
+                layer = bitsandbytes.nn.Linear4bit(
+                    child.in_features, child.out_features, child.bias is not None, quant_type="fp4"
+                )
+                layer.load_state_dict(child.state_dict())
+                setattr(module, name, layer.to("cpu"))
+    return model
+
+
+PEERS: dict[str, Peer] = {
+    "fp4 w4a4": Peer(_fp4("w4a4"), needs=("fp4compile",), compiles=True),
+    "fp4 w4a4 per token": Peer(_fp4("w4a4", "token"), needs=("fp4compile",), compiles=True),
+    "fp4 w4a16": Peer(_fp4("w4a16"), dtype=torch.bfloat16, needs=("fp4compile",), compiles=True),
+    "bf16 eager": Peer(lambda model: model, dtype=torch.bfloat16),
+    "bf16 compiled": Peer(_compile, dtype=torch.bfloat16, compiles=True),
+    "fp32 eager": Peer(lambda model: model),
+    "torchao int4": Peer(_torchao_int4, dtype=torch.bfloat16, needs=("torchao",), compiles=True),
+    "bitsandbytes fp4": Peer(_bitsandbytes, dtype=torch.bfloat16, needs=("bitsandbytes",)),
+}
+
+
+# The demo's model, or a Llama of this shape with random weights: its speed is all that counts.
+MODELS: dict[str, dict[str, int] | None] = {
+    "smollm2-135m": None,
+    "llama-1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+    "llama-tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+
+
+def reason_absent(name: str) -> str | None:
+    """Why ``name`` cannot run here, or None."""
+    missing = [module for module in PEERS[name].needs if find_spec(module) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
+def load(model: str, dtype: torch.dtype) -> Any:
+    """One of :data:`MODELS` in ``dtype``, in eval mode."""
+    if MODELS[model] is None:
+        from fp4compile.demo_model import load_demo_model
+
+        return load_demo_model(None, dtype)[0]
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return LlamaForCausalLM(LlamaConfig(**MODELS[model], dtype=dtype)).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _Clock:
+    """A streamer that notes when ``generate`` hands over a token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+@torch.no_grad()
+def _generate(model: Any, ids: Tensor, new: int) -> dict[str, Any]:
+    """Seconds of the prefill and milliseconds of every token after the first."""
+    clock = _Clock()
+    start = time.perf_counter()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        streamer=clock,
+    )
+    # The first call hands over the prompt, the second the token that the prefill yields.
+    times = clock.times[1:]
+    return {
+        "prefill": times[0] - start,
+        "token_ms": [(b - a) * 1e3 for a, b in pairwise(times)],
+    }
+
+
+def main(name: str, model_name: str, threads: int, prompt: int) -> None:
+    """Answer requests from standard input with a line of JSON each."""
+    torch.set_num_threads(threads)
+    peer = PEERS[name]
+    model = peer.prepare(load(model_name, peer.dtype))
+    # All tokens, whatever they are; asking for a minimum costs a pass over the logits.
+    model.generation_config.eos_token_id = None
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, model.config.vocab_size, (1, prompt), generator=generator)
+    for line in sys.stdin:
+        request, *argument = line.split()
+        start = time.perf_counter()
+        answer = _generate(model, ids, int(argument[0]) if request == "measure" else 3)
+        answer["seconds"] = time.perf_counter() - start
+        answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,47 @@
+"""``generate`` with a static key-value cache, so that a decode step writes in place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+# Arguments of ``generate`` that decide the cache themselves or need one that can be cut back.
+_OTHERWISE = (
+    "past_key_values",
+    "cache_implementation",
+    "cache_config",
+    "assistant_model",
+    "assistant_early_exit",
+    "prompt_lookup_num_tokens",
+    "custom_generate",
+)
+
+
+class GenerateWithStaticCache:
+    """Stands in for ``model.generate``: asks for a static cache where nothing else is asked for."""
+
+    def __init__(self, model: Any, generate: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, generate)
+        self._model, self._generate = model, generate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._may_choose(kwargs):
+            kwargs["cache_implementation"] = "static"
+        return self._generate(*args, **kwargs)
+
+    def _may_choose(self, kwargs: dict[str, Any]) -> bool:
+        config = kwargs.get("generation_config") or self._model.generation_config
+        use_cache = kwargs.get("use_cache", config.use_cache)
+        asked = [kwargs.get(name, getattr(config, name, None)) for name in _OTHERWISE]
+        return use_cache is not False and all(value is None for value in asked)
+
+
+def takes_static_cache(model: Any) -> bool:
+    """Whether ``model`` generates, and every layer of its cache can be of fixed length."""
+    if not hasattr(model, "generate") or not getattr(model, "_can_compile_fullgraph", False):
+        return False
+    if model.config.is_encoder_decoder:
+        return False
+    layers = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    return set(layers or ()) <= {"full_attention"}

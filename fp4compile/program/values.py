@@ -1,0 +1,311 @@
+"""Nested arguments and results as flat tensors plus a template, key-value caches included."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What may stand between tensors; equal ones make equal programs.
+CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+class NotFlat(Exception):
+    """A value that programs cannot take; the message says which."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for the tensor at ``index`` of the flat values."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class InputCache:
+    """Stands for the ``index``-th cache that the caller passed in."""
+
+    index: int
+
+
+# Attributes of an initialized layer that repeat a size of its keys, and which.
+_SIZES = {"batch_size": 0, "max_cache_len": 2}
+
+
+def cache_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
+    """(caches, their layers) that are known to consist of tensors and constants."""
+    module = sys.modules.get("transformers.cache_utils")
+    if module is None:
+        return (), ()
+    return (module.StaticCache, module.DynamicCache), (module.StaticLayer, module.DynamicLayer)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether ``value`` is a key-value cache of transformers."""
+    module = sys.modules.get("transformers.cache_utils")
+    return module is not None and isinstance(value, module.Cache)
+
+
+def check_cache(cache: Any) -> None:
+    """Raises NotFlat where ``cache`` keeps more than tensors and constants."""
+    caches, layers = cache_types()
+    if type(cache) not in caches or getattr(cache, "offloading", False):
+        raise NotFlat(f"a {type(cache).__name__} is none of {[kind.__name__ for kind in caches]}")
+    for layer in cache.layers:
+        if type(layer) not in layers:
+            raise NotFlat(f"a cache with a {type(layer).__name__}")
+
+
+@dataclass(frozen=True)
+class FlatCache:
+    """Tensors and key of a cache in one state: the attributes of its layers."""
+
+    cache: Callable[[], Any]
+    state: list[dict[str, Any]]
+    tensors: list[Tensor]
+    key: list[Any]
+
+    def holds(self, cache: Any) -> bool:
+        if cache is not self.cache() or len(cache.layers) != len(self.state):
+            return False
+        for layer, state in zip(cache.layers, self.state, strict=True):
+            attributes = vars(layer)
+            for name, value in state.items():
+                if attributes.get(name) is not value:
+                    return False
+        return True
+
+
+class CacheMemo:
+    """The cache of the last call: a decode step finds that of the step before it, with hundreds of
+    attributes that are still the same.
+    """
+
+    def __init__(self) -> None:
+        self._last: FlatCache | None = None
+
+    def flat(self, cache: Any) -> FlatCache:
+        last = self._last  # once: another thread may call the model too
+        if last is None or not last.holds(cache):
+            check_cache(cache)
+            # The memory of a cache that nobody needs any more is not kept.
+            reference = weakref.ref(cache, self._forget)
+            state = [dict(vars(layer)) for layer in cache.layers]
+            last = self._last = FlatCache(reference, state, *_flat_cache(cache))
+        return last
+
+    def _forget(self, reference: Any) -> None:
+        if self._last is not None and self._last.cache is reference:
+            self._last = None
+
+
+class Flattened:
+    """``tensors`` and ``caches`` of a call in order of appearance, and the ``key`` of the rest."""
+
+    def __init__(self, value: Any, memo: CacheMemo | None = None) -> None:
+        self._memo = memo or CacheMemo()
+        self.tensors: list[Tensor] = []
+        self.caches: list[Any] = []
+        self.cached: set[int] = set()  # which of the tensors are in caches
+        key: list[Any] = []
+        self._add(value, key)
+        self.key = tuple(key)
+
+    def _add(self, value: Any, key: list[Any]) -> None:
+        if isinstance(value, Tensor):
+            if value.requires_grad and torch.is_grad_enabled():
+                raise NotFlat("an argument that requires a gradient")
+            if value.device.type != "cpu":
+                raise NotFlat(f"an argument on {value.device.type}")
+            self.tensors.append(value)
+            key.append(
+                (value.dtype, value.device, *[size if size < 2 else -1 for size in value.shape])
+            )
+        elif isinstance(value, CONSTANTS):
+            # The type too: True == 1 == 1.0.
+            key.append((type(value), value))
+        elif type(value) in (tuple, list):
+            key.append((type(value), len(value)))
+            for item in value:
+                self._add(item, key)
+        elif isinstance(value, dict):
+            key.append((type(value), tuple(value)))
+            for item in value.values():
+                self._add(item, key)
+        elif is_cache(value):
+            self._add_cache(value, key)
+        else:
+            raise NotFlat(f"an argument of type {type(value).__name__}")
+
+    def _add_cache(self, cache: Any, key: list[Any]) -> None:
+        self.caches.append(cache)
+        flat = self._memo.flat(cache)
+        self.cached.update(range(len(self.tensors), len(self.tensors) + len(flat.tensors)))
+        self.tensors.extend(flat.tensors)
+        key.extend(flat.key)
+
+
+def _flat_cache(cache: Any) -> tuple[list[Tensor], list[Any]]:
+    """Tensors and key of a cache."""
+    states = []
+    for layer in cache.layers:
+        states.append(dict(vars(layer)))
+        for name in _SIZES if layer.is_initialized else ():
+            states[-1].pop(name, None)
+    flat = Flattened(states)
+    fixed = [tuple(tensor.shape[dim] for dim in fixed_dims(tensor)) for tensor in flat.tensors]
+    return flat.tensors, [type(cache), *flat.key, *fixed]
+
+
+def fixed_dims(tensor: Tensor) -> tuple[int, ...]:
+    """Dimensions of a cache's tensor that are the model's: heads and their channels.
+
+    A symbol for them would be that of a batch that happens to be of the same size.
+    """
+    return (1, 3) if tensor.dim() == 4 else ()
+
+
+def substitute(value: Any, replace: Callable[[Tensor], Tensor], caches: list[Any]) -> Any:
+    """``value`` with every tensor replaced in the order of :class:`Flattened`.
+
+    Caches are copied; the copies are appended to ``caches``.
+    """
+    if isinstance(value, Tensor):
+        return replace(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(substitute(item, replace, caches) for item in value)
+    if isinstance(value, dict):
+        return {name: substitute(item, replace, caches) for name, item in value.items()}
+    if is_cache(value):
+        clone = copy.copy(value)
+        clone.layers = [_substitute_layer(layer, replace) for layer in value.layers]
+        caches.append(clone)
+        return clone
+    return value
+
+
+def _substitute_layer(layer: Any, replace: Callable[[Tensor], Tensor]) -> Any:
+    clone = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            setattr(clone, name, replace(value))
+    for name, dim in _SIZES.items() if clone.is_initialized else ():
+        if hasattr(clone, name):
+            setattr(clone, name, clone.keys.shape[dim])  # symbolic where the tensor is
+    return clone
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What a call changed in one layer of a cache: attributes, of which tensors are slots."""
+
+    layer: Any
+    attributes: dict[str, Any]
+
+
+class Results:
+    """Template of a call's result and of what it left in its caches; ``values`` fill the slots."""
+
+    def __init__(self, result: Any, caches: Sequence[Any], before: Sequence[Any]) -> None:
+        """``before``: :func:`states` of the caches before the call."""
+        self.values: list[Any] = []
+        self._caches = caches
+        self.result = self._template(result)
+        self.cache_states = [
+            tuple(
+                self._layer(layer, old[index] if index < len(old) else {})
+                for index, layer in enumerate(cache.layers)
+            )
+            for cache, old in zip(caches, before, strict=True)
+        ]
+
+    def _template(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._slot(value)
+        if is_cache(value):
+            for index, cache in enumerate(self._caches):
+                if value is cache:
+                    return InputCache(index)
+            check_cache(value)
+            clone = copy.copy(value)
+            clone.layers = [self._layer(layer) for layer in value.layers]
+            return clone
+        if isinstance(value, CONSTANTS):
+            return value
+        if type(value) in (tuple, list):
+            return type(value)(self._template(item) for item in value)
+        if isinstance(value, dict):  # results of transformers among them
+            return type(value)(**{name: self._template(item) for name, item in value.items()})
+        raise NotFlat(f"a result of type {type(value).__name__}")
+
+    def _slot(self, value: Any) -> Slot:
+        for index, known in enumerate(self.values):
+            if known is value:
+                return Slot(index)
+        self.values.append(value)
+        return Slot(len(self.values) - 1)
+
+    def _layer(self, layer: Any, before: dict[str, Any] | None = None) -> LayerState:
+        before = before or {}
+        attributes = {
+            name: self._template(value)
+            for name, value in vars(layer).items()
+            if name not in before or value is not before[name]
+        }
+        return LayerState(layer, attributes)
+
+
+def states(caches: Sequence[Any]) -> list[list[dict[str, Any]]]:
+    """The attributes of every layer of every cache."""
+    return [[dict(vars(layer)) for layer in cache.layers] for cache in caches]
+
+
+def fill(template: Any, values: Sequence[Any], caches: Sequence[Any]) -> Any:
+    """The result that ``template`` stands for."""
+    if isinstance(template, Slot):
+        return values[template.index]
+    if isinstance(template, InputCache):
+        return caches[template.index]
+    if isinstance(template, (tuple, list)):
+        return type(template)(fill(item, values, caches) for item in template)
+    if isinstance(template, dict):
+        return type(template)(
+            **{name: fill(item, values, caches) for name, item in template.items()}
+        )
+    if is_cache(template):
+        cache = copy.copy(template)
+        cache.layers = [new_layer(state, values) for state in template.layers]
+        return cache
+    return template
+
+
+def new_layer(state: LayerState, values: Sequence[Any]) -> Any:
+    """A layer of a cache in the state ``state``."""
+    layer = copy.copy(state.layer)
+    for name, template in state.attributes.items():
+        setattr(layer, name, fill(template, values, ()))
+    return layer
+
+
+def initialize_caches(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Allocate static caches that wait for their first call.
+
+    Inside a program their length would be a constant.
+    """
+    arguments: list[Any] = [*args, *kwargs.values()]
+    for cache in filter(_waits, arguments):
+        shape = module._get_static_cache_init_shape()
+        batch = next((len(value) for value in arguments if isinstance(value, Tensor)), None)
+        if shape is not None and batch is not None:
+            cache.early_initialization(batch, *shape, module.dtype, module.device)
+
+
+def _waits(cache: Any) -> bool:
+    static = cache_types()[0][:1]
+    return type(cache) in static and not all(layer.is_initialized for layer in cache.layers)

@@ -1,0 +1,58 @@
+"""Compiled fp4::attend against torch's attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp4compile.lowering.choice import SEEN
+
+Make = Callable[..., Any]
+
+attend = torch.ops.fp4.attend
+
+
+@pytest.mark.parametrize(
+    ("rows", "head", "dtype", "mask_shape"),
+    [
+        (1, 64, torch.float32, (1, 1, 1)),
+        (3, 64, torch.bfloat16, (2, 1, 1)),
+        (5, 20, torch.float32, (2, 3, 5)),
+        (2, 7, torch.float16, None),
+    ],
+)
+def test_equals_eager(
+    compiled: Make, rows: int, head: int, dtype: torch.dtype, mask_shape: tuple[int, ...] | None
+) -> None:
+    def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return attend(query, key, value, mask, 0.3) + 1
+
+    fast = compiled(run)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for length, threads in ((3, 1), (40, 1), (700, 2)):
+        torch.set_num_threads(threads)
+        query = torch.randn(2, 3, rows, head).to(dtype)
+        key, value = torch.randn(2, 2, 3, length, head).to(dtype)
+        mask = None
+        if mask_shape is not None:
+            hidden = torch.rand(*mask_shape, length) < 0.4
+            hidden[..., 0] = False
+            mask = torch.where(hidden, -torch.inf, 0.0).to(dtype)
+        torch.testing.assert_close(
+            fast(query, key, value, mask),
+            run(query, key, value, mask),
+            rtol=tolerance,
+            atol=tolerance,
+        )
+    assert {choice.target for choice in SEEN} == {"cpp"}
+
+
+def test_nothing_to_attend_to(compiled: Make) -> None:
+    key = torch.randn(1, 1, 4, 16)
+    mask = torch.full((1, 1, 1, 4), -torch.inf)
+    fast = compiled(lambda query: attend(query, key, key, mask, 1.0))
+    assert torch.equal(fast(torch.randn(1, 1, 2, 16)), torch.zeros(1, 1, 2, 16))
