@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fp4compile.coverage import Recorder
+from fp4compile.coverage import recorded
 from fp4compile.quantize_graph import quantize_graph
 from fp4compile.report import Report
 
@@ -80,9 +80,7 @@ def compile_model(model: nn.Module) -> nn.Module:
         counts = Counter(choice.target for choice in kernels.values())
         logger.info("kernels: %s", ", ".join(f"{n} x {target}" for target, n in counts.items()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    recorder = Recorder(fp4compile_backend, lowering)
-    model.fp4_recorder = recorder  # type: ignore[assignment]  # read by verify()
-    model.compile(backend=recorder, dynamic=True)
+    model.compile(backend=recorded(model, fp4compile_backend, lowering), dynamic=True)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True
