@@ -46,7 +46,7 @@ def test_the_cpu_is_checked_at_load(package, monkeypatch):
     assert fp4compile.load_exported(package)(input_ids=ids, use_cache=False)["logits"].shape[
         :2
     ] == (3, 4)
-    monkeypatch.setattr("fp4compile.export.cpu_features", lambda: ["sse4_2"])
+    monkeypatch.setattr("fp4compile.aot_export.cpu_features", lambda: ["sse4_2"])
     with pytest.raises(CompileError, match=r"compiled for a CPU with .*avx"):
         fp4compile.load_exported(package)
 
