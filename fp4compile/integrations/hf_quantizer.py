@@ -110,6 +110,10 @@ class FP4CompileQuantizer(HfQuantizer):
         config = FP4CompileConfig.of(model)
         model.config.quantization_config = self.quantization_config = config
         weights = fp4_parameters(model)
+        if any(weight.dim() > 2 for weight in weights.values()):
+            # Stacks of experts are written as they are: to take them apart, transformers would cut
+            # their codes like plain weights. It reads either.
+            model._weight_conversions = []
         state = flattened(model.state_dict(), tied_aliases(weights, model.all_tied_weights_keys))
         logger.info(
             "saving %d FP4 weights, %.2f bits per parameter over the whole model",
