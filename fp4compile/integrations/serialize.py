@@ -101,7 +101,7 @@ def restored(
     weight = FP4Tensor(**tensors, **attributes, dtype=dtype)
     if weight.shape != torch.Size(shape):
         raise CheckpointError(
-            f"{name} has the shape {tuple(weight.shape)} in the checkpoint and {tuple(shape)} in the "
+            f"{name} has the shape {tuple(weight.shape)} in the checkpoint, {tuple(shape)} in the "
             "model; the checkpoint belongs to another model"
         )
     _checked_bytes(name, weight)
