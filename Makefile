@@ -11,7 +11,7 @@ BIN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint bench docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,8 +32,12 @@ lint: $(STAMP) ## ruff, formatting and mypy
 bench: $(STAMP) ## run the benchmarks (ARGS="--help")
 	$(BIN) -m bench $(ARGS)
 
+docs: $(STAMP) ## build the documentation in site/
+	$(BIN) -m pip install -q 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0'
+	$(BIN) -m mkdocs build --strict
+
 clean: ## remove caches and builds; keeps .venv
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find fp4compile lowering tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torch goes first and pinned: an open range would let pip pick a newer, untested release.

@@ -7,6 +7,7 @@ from fp4compile.coverage import Coverage, verify
 from fp4compile.errors import Fp4CompileError
 from fp4compile.integrations import install_hooks
 from fp4compile.integrations.compressed_tensors import export_compressed_tensors
+from fp4compile.measure import benchmark
 from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.recipe import Recipe
 from fp4compile.report import Report
@@ -21,6 +22,7 @@ __all__ = [
     "Report",
     "SearchOptions",
     "TensorSpec",
+    "benchmark",
     "compile_model",
     "export",
     "export_compressed_tensors",

@@ -44,8 +44,9 @@ def export(
             batch and sequence are dynamic.
 
     Returns:
-        ``path``. The program returns what the forward does; of a Hugging Face output its tensors,
-        by name, without a cache.
+        ``path``. The program takes the tensors of ``example_inputs``, positional or by keyword as
+        there; other arguments are fixed. It returns what the forward does; of a Hugging Face
+        output its tensors, by name, without a cache.
 
     Raises:
         CompileError: the model is not quantized or not on a CPU; a weight has no kernel here and
@@ -60,16 +61,20 @@ def export(
     lowering = load_lowerings()
     _refuse_references(weights, lowering)
     args, kwargs = _call(model, example_inputs)
-    if dynamic_shapes is None:
-        dynamic_shapes = pytree.tree_map(dynamic_shape, kwargs if kwargs else args)
+    fixed = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+    kwargs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
     shapes = {
-        "args": tuple(dynamic_shapes) if args else (),
-        "kwargs": dict.fromkeys(kwargs) | dict(dynamic_shapes if kwargs else {}),
+        "args": pytree.tree_map(dynamic_shape, args),
+        "kwargs": pytree.tree_map(dynamic_shape, kwargs),
     }
+    if isinstance(dynamic_shapes, Mapping):
+        shapes["kwargs"] |= dynamic_shapes
+    elif dynamic_shapes is not None:
+        shapes["args"] = tuple(dynamic_shapes)
     try:
         with torch.no_grad():
             exported = torch.export.export(
-                _Tensors(model), args, kwargs, dynamic_shapes=shapes, strict=False
+                _Tensors(model, fixed), args, kwargs, dynamic_shapes=shapes, strict=False
             )
     except Exception as error:  # torch.export raises a dozen types; all mean the same to a user
         raise CompileError(
@@ -109,14 +114,16 @@ def cpu_features() -> list[str]:
 
 
 class _Tensors(nn.Module):
-    """``model`` with plain tensors as results: a ModelOutput needs transformers to be rebuilt."""
+    """``model`` with plain tensors as results (a ModelOutput needs transformers to be rebuilt), and
+    with the arguments that are no tensors fixed.
+    """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, fixed: Mapping[str, Any]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.fixed = model, dict(fixed)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.model(*args, **kwargs)
+        out = self.model(*args, **kwargs, **self.fixed)
         if isinstance(out, Mapping):
             return {name: value for name, value in out.items() if isinstance(value, Tensor)}
         return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import nn
 
 from fp4compile import integrations
 from fp4compile.batches import as_batches, example_call, only_example
-from fp4compile.compile import compile_model, load_lowerings
+from fp4compile.compile import compile_model, load_lowerings, uncompiled
 from fp4compile.coverage import verify
 from fp4compile.errors import AlreadyQuantizedError, NonFiniteError
+from fp4compile.page import check_writable, write_page
 from fp4compile.passes import PASSES
 from fp4compile.passes.plan import Rewrite, commit
 from fp4compile.pipeline import decide
@@ -25,7 +26,7 @@ from fp4compile.qparams import QuantSpec
 from fp4compile.recipe import Recipe, as_recipe
 from fp4compile.report import Report, make_report
 from fp4compile.search import SearchOptions, by_method
-from fp4compile.selection import Selector, select, without_embeddings
+from fp4compile.selection import Selector, as_spec, select, with_overrides, without_embeddings
 from fp4compile.tensor import FP4Tensor
 from fp4compile.trace import trace
 
@@ -43,16 +44,19 @@ def quantize(
     recipe: Recipe | str | Path | None = None,
     targets: Sequence[Selector] | None = None,
     ignore: Sequence[Selector] | None = None,
+    overrides: Mapping[Selector, str | QuantSpec] | None = None,
     sequential: bool = False,
     progress: bool = True,
     max_memory: int | str | None = None,
     calibration_dir: str | Path | None = None,
     process_group: Any = None,
+    report: str | Path | None = None,
 ) -> nn.Module:
     """Quantize ``model`` in place to FP4 weights and activations, without training.
 
     Args:
-        model: any ``nn.Module`` whose forward ``torch.export`` can trace; Hugging Face models too.
+        model: any ``nn.Module`` whose forward ``torch.export`` can trace; Hugging Face models too,
+            and what ``torch.compile`` returned.
         calib_data: what the forward is calibrated on: an iterable of tensors, tuples or dicts, a
             DataLoader, a ``datasets.Dataset`` with tokenised columns, or a list of strings with
             ``tokenizer``. None: a bundled English text (needs ``tokenizer``; a warning says so).
@@ -66,6 +70,8 @@ def quantize(
         targets, ignore: which weights to quantize, and which not: globs on their names
             (``"*.down_proj"``), ``"re:<regex>"``, module classes, or predicates
             ``(name, module) -> bool``.
+        overrides: another ``spec`` for some weights, by the same selectors; the first that
+            matches counts: ``{"*.down_proj": "w4a8"}``.
         sequential: calibrate each layer on the outputs of the already quantized ones, not on
             those of the full-precision model.
         progress: show a progress bar.
@@ -76,6 +82,8 @@ def quantize(
             the same directory goes on after an interruption, with the same result.
         process_group: the processes that calibrate together, each called with the same
             arguments; None: all, where torch.distributed is initialised.
+        report: an .html file to write the report to: one self-contained page with what was
+            decided, why, and where the error is.
 
     Returns:
         ``model`` itself, in eval mode, its parameters frozen. ``model.fp4_report`` tells what
@@ -85,8 +93,11 @@ def quantize(
         Fp4CompileError: a subclass names the mistake. The model is then as it was.
     """
     started = time.monotonic()
-    spec = QuantSpec.preset(spec) if isinstance(spec, str) else spec
+    spec = as_spec(spec)
     by_method(method)
+    wrapper, model = model, uncompiled(model)
+    if report is not None:
+        check_writable(report)
     _check_model(model)
     with _evaluating(model), torch.no_grad():
         if recipe is None:
@@ -94,12 +105,10 @@ def quantize(
         else:
             batches = [only_example(calib_data, model, tokenizer)]
         example = example_call(batches[0])
-        graph = trace(model, *example)
+        graph = with_overrides(trace(model, *example), model, overrides or {})
         sites, left_out = select(graph, model, targets, ignore)
-        if spec.embedding is None:
-            sites, embeddings = without_embeddings(sites)
-            left_out |= embeddings
-        graph = replace(graph, sites=sites, skipped={**graph.skipped, **left_out})
+        sites, embeddings = without_embeddings(sites, spec)
+        graph = replace(graph, sites=sites, skipped={**graph.skipped, **left_out, **embeddings})
         if recipe is None:
             decided = decide(
                 model,
@@ -119,16 +128,23 @@ def quantize(
         rewrite = Rewrite(model, graph, decided)
         for rewrite_pass in PASSES:
             rewrite = rewrite_pass(rewrite)
+    made: Report = make_report(rewrite, spec, method, time.monotonic() - started)
+    if report is not None:
+        write_page(made, report)  # before the model changes: it may fail
     commit(rewrite)
-    report: Report = make_report(rewrite, spec, method, time.monotonic() - started)
-    model.fp4_report = replace(report, example=example)  # type: ignore[assignment]  # a plain attribute, not a parameter
+    model.fp4_report = replace(made, example=example)  # type: ignore[assignment]  # a plain attribute, not a parameter
     integrations.attach(model)
-    logger.info("%s", report.summary())
-    return model
+    logger.info("%s", made.summary())
+    return wrapper
 
 
 def quantize_and_compile(
-    model: nn.Module, calib_data: Any = None, spec: str | QuantSpec = "w4a4", **options: Any
+    model: nn.Module,
+    calib_data: Any = None,
+    spec: str | QuantSpec = "w4a4",
+    *,
+    report: str | Path | None = None,
+    **options: Any,
 ) -> nn.Module:
     """:func:`quantize`, then compile the model's forward with Inductor.
 
@@ -137,9 +153,15 @@ def quantize_and_compile(
     prefill and decode alike.
     """
     load_lowerings()  # what cannot compile here shall fail before minutes of calibration
-    model = compile_model(quantize(model, calib_data, spec, **options))
-    logger.info("%s", verify(model).summary())
-    return model
+    if report is not None:
+        check_writable(report)
+    compiled = compile_model(quantize(model, calib_data, spec, **options))
+    if report is not None:
+        made: Any = uncompiled(compiled).fp4_report  # names the kernels now
+        write_page(made, report)
+    if uncompiled(compiled) is compiled:  # what torch.compile returned has the caller's backend
+        logger.info("%s", verify(compiled).summary())
+    return compiled
 
 
 def _check_model(model: nn.Module) -> None:

@@ -168,6 +168,7 @@ def _fit(batch: Batch, model: nn.Module) -> Batch:
     signature = inspect.signature(model.forward)
     args, kwargs = batch
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    kwargs = _with_decoder_inputs(kwargs, model)
     kwargs = {k: v for k, v in kwargs.items() if v is not None and k != "labels"}
     unknown = [name for name in kwargs if name not in signature.parameters and not takes_any]
     if unknown:
@@ -175,8 +176,10 @@ def _fit(batch: Batch, model: nn.Module) -> Batch:
             f"{type(model).__name__}.forward has no argument {unknown}; it takes "
             f"{list(signature.parameters)}"
         )
+    # A wrapper (peft) hands on what it does not name.
+    inner = getattr(model, "config", None) if takes_any else None
     for name, value in _FORWARD_DEFAULTS.items():
-        if name in signature.parameters:
+        if name in signature.parameters or hasattr(inner, name):
             kwargs.setdefault(name, value)
     try:
         signature.bind(*args, **kwargs)
@@ -189,6 +192,24 @@ def _fit(batch: Batch, model: nn.Module) -> Batch:
         tuple(_moved(value, device) for value in args),
         {name: _moved(value, device) for name, value in kwargs.items()},
     )
+
+
+def _with_decoder_inputs(kwargs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """An encoder-decoder of transformers is calibrated with what its decoder was trained to read:
+    the labels, else the input itself, one token later.
+    """
+    config = getattr(model, "config", None)
+    given = {"decoder_input_ids", "decoder_inputs_embeds"} & kwargs.keys()
+    labels = kwargs.get("labels")
+    is_text = isinstance(labels, Tensor) and labels.dim() == 2
+    target = labels if is_text else kwargs.get("input_ids")
+    if not getattr(config, "is_encoder_decoder", False) or given or target is None:
+        return kwargs
+    start = getattr(config, "decoder_start_token_id", None) or 0
+    shifted = torch.cat((torch.full_like(target[:, :1], start), target[:, :-1]), dim=1)
+    # -100 marks labels that do not count.
+    padding = getattr(config, "pad_token_id", None) or 0
+    return {**kwargs, "decoder_input_ids": shifted.masked_fill(shifted < 0, padding)}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -20,6 +20,7 @@ from fp4compile.batches import Batch
 from fp4compile.errors import CalibrationDataError, NonFiniteError
 from fp4compile.hidden_states import HiddenStates
 from fp4compile.trace import Graph, Group
+from fp4compile.weight_uses import patches
 
 # For a group and its inputs (one tensor [tokens, K] per batch, to be read once): what to compute
 # instead of some nodes from now on; empty to go on in full precision.
@@ -28,10 +29,13 @@ OnGroup = Callable[[Group, Iterator[Tensor]], Mapping[fx.Node, Callable[..., Ten
 
 @dataclass(frozen=True)
 class Segment:
-    """The nodes up to a group's input, each with the values that are dead after it."""
+    """The nodes up to what a group reads, each with the values that are dead after it; ``dead``
+    are those that nobody needs once the group has read its input.
+    """
 
     group: Group
     steps: tuple[tuple[fx.Node, tuple[fx.Node, ...]], ...]
+    dead: tuple[fx.Node, ...] = ()
 
 
 class _BatchState(fx.Interpreter):
@@ -59,9 +63,15 @@ class _BatchState(fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(node)
             self.env[node] = replacement(*args, **kwargs)
 
-    def tokens(self, node: fx.Node) -> Tensor:
-        """The node's value as ``[tokens, K]``, without the tokens that the mask pads."""
-        value = self.env[node]
+    def tokens(self, group: Group) -> Tensor:
+        """The group's input as ``[tokens, K]``, without the tokens that the mask pads. Where it is
+        for experts, a last column has each token's expert, so that a sample keeps it.
+        """
+        value = self.env[group.input]
+        if group.patch:
+            value = patches(value, group.patch)
+        if group.offsets is not None:
+            return _with_expert(value, self.env[group.offsets])
         mask = self.token_mask
         if mask is not None and value.shape[:2] == mask.shape:
             return value[mask]
@@ -79,6 +89,13 @@ class _BatchState(fx.Interpreter):
     def _takes_memory(self, value: Any) -> bool:
         tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
         return any(_storage(tensor) not in self._resident for tensor in tensors)
+
+
+def _with_expert(rows: Tensor, offsets: Tensor) -> Tensor:
+    """float32 ``[S, K + 1]``: rows up to ``offsets[e]`` are those of expert e."""
+    positions = torch.arange(len(rows), device=rows.device)
+    expert = torch.searchsorted(offsets.to(positions.dtype), positions, right=True)
+    return torch.cat((rows.to(torch.float32), expert[:, None].to(torch.float32)), dim=1)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -126,19 +143,20 @@ def _inputs(
         state.restore(hidden.take(index))
         for node, dead in segment.steps:
             state.step(node, replacements.get(node))
-            if node is segment.group.input:
-                tokens = state.tokens(node)
             for old in dead:
                 del state.env[old]
+        tokens = state.tokens(segment.group)
+        for old in segment.dead:
+            del state.env[old]
         hidden.put(index, state.release())
         _check_finite(segment.group, index, tokens)
         yield tokens
 
 
 def segments(graph: Graph, groups: Sequence[Group]) -> Iterator[Segment]:
-    """The nodes that some group's input depends on, cut after each group's input."""
+    """The nodes that some group's input depends on, cut where each group has what it reads."""
     needed: set[fx.Node] = set()
-    stack = [group.input for group in groups]
+    stack = [node for group in groups for node in _reads(group)]
     while stack:
         node = stack.pop()
         if node not in needed:
@@ -148,17 +166,34 @@ def segments(graph: Graph, groups: Sequence[Group]) -> Iterator[Segment]:
     order = [
         node for node in graph.module.graph.nodes if node in needed or node.op == "placeholder"
     ]
+    position = {node: index for index, node in enumerate(order)}
     last_use = {used: node for node in order for used in (*node.all_input_nodes, node)}
+    pending: dict[fx.Node, list[Group]] = {}
+    for group in groups:
+        last = max(_reads(group), key=lambda node: position[node])
+        pending.setdefault(last, []).append(group)
+        for used in _reads(group):
+            last_use[used] = max(last_use[used], last, key=lambda node: position[node])
     dead: dict[fx.Node, list[fx.Node]] = {}
     for used, node in last_use.items():
         dead.setdefault(node, []).append(used)
-    pending = {group.input: group for group in groups}
     steps: list[tuple[fx.Node, tuple[fx.Node, ...]]] = []
     for node in order:
-        steps.append((node, tuple(dead.get(node, ()))))
-        if node in pending:
-            yield Segment(pending[node], tuple(steps))
+        done = tuple(dead.get(node, ()))
+        if node not in pending:
+            steps.append((node, done))
+            continue
+        steps.append((node, ()))
+        *others, last_group = pending[node]
+        for group in others:
+            yield Segment(group, tuple(steps))
             steps = []
+        yield Segment(last_group, tuple(steps), done)
+        steps = []
+
+
+def _reads(group: Group) -> tuple[fx.Node, ...]:
+    return (group.input,) if group.offsets is None else (group.input, group.offsets)
 
 
 def _check_finite(group: Group, index: int, x: Tensor) -> None:

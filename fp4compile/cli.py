@@ -1,57 +1,76 @@
-"""The command line. A mistake of the user's is one line and exit code 1, never a traceback."""
+"""The command line: which commands there are, and how they end.
+
+Exit codes: 0 done; 1 a mistake, told in one message on stderr; 2 wrong usage (unknown options);
+3 done, but a check found something broken; 130 interrupted.
+"""
 
 from __future__ import annotations
 
-import json
+import logging
 import sys
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
-from fp4compile.demo import run_demo
+import fp4compile
+from fp4compile.commands import bench, demo, doctor, evaluate, generate, inspect, quantize, report
 from fp4compile.errors import Fp4CompileError
-from fp4compile.qparams import PRESETS
-from fp4compile.search import METHODS
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+MISTAKE, INTERRUPTED = 1, 130
+
+# Name -> function and the examples below its help.
+COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
+    "quantize": (quantize.command, quantize.EXAMPLES),
+    "eval": (evaluate.command, evaluate.EXAMPLES),
+    "generate": (generate.command, generate.EXAMPLES),
+    "chat": (generate.chat, generate.CHAT_EXAMPLES),
+    "inspect": (inspect.command, inspect.EXAMPLES),
+    "bench": (bench.command, bench.EXAMPLES),
+    "report": (report.command, report.EXAMPLES),
+    "doctor": (doctor.command, doctor.EXAMPLES),
+    "demo": (demo.command, ""),
+}
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+for _name, (_function, _examples) in COMMANDS.items():
+    app.command(_name, epilog=_examples, no_args_is_help=_name not in ("doctor", "demo"))(_function)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fp4compile {fp4compile.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _commands() -> None:
-    """Quantizes PyTorch models to 4-bit floating point and compiles them."""
-
-
-@app.command()
-def demo(
-    preset: Annotated[
-        str, typer.Option(help=f"Weight and activation bits: {', '.join(PRESETS)}.")
-    ] = "w4a4",
-    method: Annotated[str, typer.Option(help=f"Search: {', '.join(METHODS)}.")] = "fpq",
-    cache_dir: Annotated[
-        Path | None,
+def _commands(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also log what is decided, to stderr.")
+    ] = False,
+    version: Annotated[
+        bool,
         typer.Option(
-            help="Where the model is kept; default $FP4COMPILE_CACHE or ~/.cache/fp4compile."
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
         ),
-    ] = None,
-    tokens: Annotated[
-        int, typer.Option(min=511, help="Tokens to score; a window of 512 scores 511.")
-    ] = 8176,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 40,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Also write the numbers to this file.")
-    ] = None,
+    ] = False,
 ) -> None:
-    """Quantize SmolLM2-135M-Instruct, compile it, and compare it with full precision."""
-    numbers = run_demo(preset, method, cache_dir=cache_dir, tokens=tokens, new_tokens=new_tokens)
-    if json_path is not None:
-        json_path.write_text(json.dumps(numbers, indent=2) + "\n")
+    """Quantizes PyTorch models to 4-bit floating point and compiles them.
+
+    Exit codes: 0 done; 1 a mistake, told on stderr; 2 wrong usage; 3 a check found a fault.
+    """
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("fp4compile").setLevel(logging.INFO)
 
 
 def main() -> None:
     """Entry point of ``fp4compile`` and ``python -m fp4compile``."""
     try:
-        app()
+        app(prog_name="fp4compile")  # also under python -m
     except Fp4CompileError as error:
         print(f"fp4compile: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(MISTAKE)
+    except KeyboardInterrupt:
+        print("fp4compile: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -62,13 +62,23 @@ def load_lowerings() -> ModuleType:
     return importlib.import_module("fp4compile.lowering")
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile(model)`` returned; other models as they are."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        load_lowerings()  # it compiles again once its weights are quantized
+        return uncompiled(model._orig_mod)
+    return model
+
+
 def compile_model(model: nn.Module) -> nn.Module:
     """Compile ``model``'s forward in place; batch and sequence stay dynamic.
 
     ``generate`` calls the forward, so it is compiled too; transformers' own compilation of the
-    decode step is switched off, since it would compile the compiled forward again.
+    decode step is switched off, since it would compile the compiled forward again. What
+    ``torch.compile`` returned stays as it is.
     """
     lowering = load_lowerings()
+    wrapper, model = model, uncompiled(model)
     report = getattr(model, "fp4_report", None)
     if isinstance(report, Report):
         kernels = {
@@ -80,8 +90,9 @@ def compile_model(model: nn.Module) -> nn.Module:
         counts = Counter(choice.target for choice in kernels.values())
         logger.info("kernels: %s", ", ".join(f"{n} x {target}" for target, n in counts.items()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    model.compile(backend=recorded(model, fp4compile_backend, lowering), dynamic=True)
+    if wrapper is model:
+        model.compile(backend=recorded(model, fp4compile_backend, lowering), dynamic=True)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True
-    return model
+    return wrapper

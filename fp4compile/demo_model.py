@@ -61,7 +61,7 @@ def load_demo_model(
     """
     _require(_TO_LOAD)
     folder = cache_folder(cache_dir) / Path(GGUF_FILE).stem
-    with _import_noise_dropped():
+    with import_noise_dropped():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         if not folder.is_dir():
@@ -136,7 +136,7 @@ def _save_dense(gguf: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _import_noise_dropped() -> Iterator[None]:
+def import_noise_dropped() -> Iterator[None]:
     """Imports what makes the noise of ``_IMPORT_NOISE``, and drops that noise and nothing else."""
     filters = {logging.getLogger(name): _Noise(*text) for name, text in _IMPORT_NOISE.items()}
     for logger, noise in filters.items():

@@ -67,5 +67,13 @@ class EvaluationError(Fp4CompileError):
     """A measurement was asked for that has nothing to measure."""
 
 
+class ReportError(Fp4CompileError):
+    """A report cannot be made of what was given, or not be written where it should."""
+
+
+class ModelError(Fp4CompileError):
+    """A model that was named cannot be loaded, or cannot do what was asked of it."""
+
+
 class MissingDependencyError(Fp4CompileError):
     """An optional package is needed for this call and is not installed."""

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import psutil
@@ -178,9 +178,8 @@ class _GroupSize:
 
 
 def _size_of(model: nn.Module, group: Group, graph: Graph, batches: Sequence[Batch]) -> _GroupSize:
-    value = group.input.meta["val"]
-    channels = int(value.shape[-1])
-    example = _elements([value]) // channels
+    channels = group.channels
+    example = _elements([group.input.meta["val"]]) // channels
     tokens = sum(round(example * share) for share in _shares(graph, batches))
     weights = sum(model.get_parameter(site.name).numel() for site in group.sites)
     rows = max(_searched_rows(model, site) for site in group.sites)
@@ -191,7 +190,9 @@ def _size_of(model: nn.Module, group: Group, graph: Graph, batches: Sequence[Bat
 def _searched_rows(model: nn.Module, site: Site) -> int:
     """Elements of the rows of a weight that are searched at a time."""
     shape = model.get_parameter(site.name).shape
-    rows, channels = reversed(shape) if site.transposed else shape
+    if site.patch:
+        return min(shape[0], ROWS) * prod(shape[1:])
+    *_, rows, channels = (*shape[:-2], *reversed(shape[-2:])) if site.transposed else shape
     return min(rows, ROWS) * channels
 
 
@@ -206,6 +207,8 @@ def _forward_bytes(graph: Graph, batches: Sequence[Batch]) -> tuple[int, int]:
             within = max(within, sum(alive.values()))
             for old in dead:
                 del alive[old]
+        for old in segment.dead:
+            del alive[old]
         between = max(between, sum(alive.values()))
     shares = _shares(graph, batches)
     return round(between * sum(shares)), round(within * max(shares))

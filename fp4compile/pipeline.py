@@ -23,7 +23,10 @@ from fp4compile.progress import Progress
 from fp4compile.qparams import QuantSpec, SiteQParams, Statistics
 from fp4compile.search import GroupProblem, SearchMethod, SearchOptions, by_method
 from fp4compile.search.candidates import minmax_weight
-from fp4compile.trace import LINEAR_OPS, Graph, Group, Site
+from fp4compile.search.diagnosis import diagnosed
+from fp4compile.search.experts import search_experts
+from fp4compile.trace import Graph, Group, Site
+from fp4compile.weight_uses import WeightUse
 from fp4compile.weights import dequantized
 
 Replacements = dict[fx.Node, Callable[..., Tensor]]
@@ -111,6 +114,7 @@ def decide(
     memory = replace(plan, sample_tokens=min(processes.gathered(plan.sample_tokens)))
     options = {
         "spec": spec,
+        **{f"spec of {site.name}": site.spec for site in graph.sites if site.spec is not None},
         "method": method,
         "search": search,
         "sequential": sequential,
@@ -176,21 +180,24 @@ def _decide_groups(
 
 
 def _group_key(group: Group) -> str:
-    return f"group-{group.input.name}"
+    # Overrides can make several groups of one input.
+    return f"group-{group.input.name}-{group.sites[0].uses[0].node.name}"
 
 
 def _decide_group(
     run: _Run, group: Group, statistics: Statistics, decided: Mapping[str, SiteQParams]
 ) -> dict[str, SiteQParams]:
     problem = GroupProblem(
-        {site.name: oriented(run.model, site.name, site.transposed) for site in group.sites},
+        {site.name: oriented(run.model, site) for site in group.sites},
         statistics,
-        run.spec,
+        group.sites[0].spec or run.spec,
         frozenset(site.name for site in group.sites if site.lookups),
         {site.name: decided[site.name].weight for site in group.sites if site.name in decided},
         run.search,
     )
-    return dict(run.method.search_group(problem))
+    if group.offsets is not None:
+        return search_experts(run.method, problem)
+    return diagnosed(problem, run.method.search_group(problem))
 
 
 def _decide_lookups_first(run: _Run) -> dict[str, SiteQParams]:
@@ -233,10 +240,11 @@ def _lookup_key(site: Site) -> str:
 
 
 def _decide_lookup(run: _Run, site: Site, head_moment: Tensor | None) -> SiteQParams:
-    assert run.spec.embedding is not None  # embeddings are no sites otherwise
-    weight = oriented(run.model, site.name, site.transposed)
-    qparams = run.method.search_lookup(weight, run.spec.embedding, head_moment, run.search)
-    minmax = minmax_weight(weight, run.spec.embedding)
+    spec = (site.spec or run.spec).embedding
+    assert spec is not None  # embeddings are no sites otherwise
+    weight = oriented(run.model, site)
+    qparams = run.method.search_lookup(weight, spec, head_moment, run.search)
+    minmax = minmax_weight(weight, spec)
     error, base = (
         float((dequantized(weight, found) - weight).square().sum() / weight.square().sum())
         for found in (qparams, minmax)
@@ -251,19 +259,13 @@ def _replacements(
     found: Replacements = {}
     for site in sites:
         weight = fp4_weight(
-            oriented(model, site.name, site.transposed),
+            oriented(model, site),
             decided[site.name],
             model.get_parameter(site.name).dtype,
-        )  # [N, K]
+            patch=site.patch,
+        )
         for node in site.lookups:
-            found[node] = partial(_call_with, node, 0, weight)
-        for node in site.linears:
-            _, position, needs_kn = LINEAR_OPS[node.target]
-            found[node] = partial(_call_with, node, position, weight.t() if needs_kn else weight)
+            found[node] = WeightUse(node, node, (0,)).call(weight)
+        for use in site.uses:
+            found[use.node] = use.call(weight.mT if use.transposed else weight)
     return found
-
-
-def _call_with(node: fx.Node, position: int, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    assert callable(node.target)
-    result: Tensor = node.target(*args[:position], weight, *args[position + 1 :], **kwargs)
-    return result

@@ -159,7 +159,8 @@ class WeightQParams:
     ``[N, blocks]``.
 
     ``packed`` uint8 ``[N, packed_size(K)]``: the codes, where they are not those of rounding to
-    nearest.
+    nearest. Of a stack of experts all have one dimension more, and the outer scale is
+    ``[E, 1, 1]``.
     """
 
     format: str
@@ -189,12 +190,27 @@ class ActivationQParams:
 
 
 @dataclass(frozen=True)
+class Diagnosis:
+    """What a report shows of a decision and nothing computes with: ``channel_absmax`` float32
+    ``[K]`` of the site's input, and relative output errors with only the weight and only the
+    activation quantized.
+    """
+
+    channel_absmax: Tensor
+    weight_error: float
+    activation_error: float
+
+
+@dataclass(frozen=True)
 class SiteQParams:
     """The decision for one site, with its relative output error (mean squared error of the
-    layer output over its mean square, on calibration tokens) beside that of min-max.
+    layer output over its mean square, on calibration tokens) beside that of min-max; ``unreached``
+    are the experts that calibration brought no token, decided by their weights alone.
     """
 
     weight: WeightQParams
     activation: ActivationQParams | None
     error: float
     minmax_error: float
+    unreached: tuple[int, ...] = ()
+    diagnosis: Diagnosis | None = None

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fp4compile.errors import RecipeError
-from fp4compile.qparams import ActivationQParams, SiteQParams, WeightQParams
+from fp4compile.qparams import ActivationQParams, Diagnosis, SiteQParams, WeightQParams
 from fp4compile.trace import Graph
 
 VERSION = 2
@@ -29,11 +29,13 @@ CODES = ("packed", "block_scale")
 @dataclass(frozen=True)
 class Recipe:
     """Decision per site name, and why other parameters were ``skipped``. Floats survive the JSON
-    bit for bit (float32 fits a double).
+    bit for bit (float32 fits a double), but for diagnoses. ``report`` is what the run's report
+    said (``Report.to_dict``), for ``fp4compile report``; nothing is decided by it.
     """
 
     sites: Mapping[str, SiteQParams]
     skipped: Mapping[str, str] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the recipe as JSON, and its codes beside it."""
@@ -50,6 +52,7 @@ class Recipe:
             "version": VERSION,
             "codes": bool(codes),
             "skipped": dict(self.skipped),
+            "report": dict(self.report),
             "sites": sites,
         }
         Path(path).write_text(json.dumps(content, indent=1))
@@ -73,7 +76,7 @@ class Recipe:
                 name: _site_from_json(site, {part: codes.get(f"{name}.{part}") for part in CODES})
                 for name, site in content["sites"].items()
             }
-            return cls(sites, content["skipped"])
+            return cls(sites, content["skipped"], content.get("report", {}))
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error}") from error
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -128,7 +131,15 @@ def _site_to_json(site: SiteQParams) -> dict[str, Any]:
         and {name: _plain(value) for name, value in vars(activation).items()},
         "error": site.error,
         "minmax_error": site.minmax_error,
+        "unreached": list(site.unreached),
+        "diagnosis": site.diagnosis and _diagnosis_to_json(site.diagnosis),
     }
+
+
+def _diagnosis_to_json(diagnosis: Diagnosis) -> dict[str, Any]:
+    # Only drawn, so a few digits do.
+    absmax = [float(f"{value:.4g}") for value in diagnosis.channel_absmax.tolist()]
+    return {**vars(diagnosis), "channel_absmax": absmax}
 
 
 def _plain(value: Any) -> Any:
@@ -145,7 +156,15 @@ def _site_from_json(content: Mapping[str, Any], codes: Mapping[str, Tensor | Non
         activation and _activation_from_json(activation),
         content["error"],
         content["minmax_error"],
+        tuple(content.get("unreached", ())),
+        _diagnosis_from_json(content.get("diagnosis")),
     )
+
+
+def _diagnosis_from_json(content: Mapping[str, Any] | None) -> Diagnosis | None:
+    if content is None:
+        return None  # of a weight that is only looked up, or of an older version
+    return Diagnosis(**{**content, "channel_absmax": torch.tensor(content["channel_absmax"])})
 
 
 def _activation_from_json(content: Mapping[str, Any]) -> ActivationQParams:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from statistics import median
 from typing import Any
 
@@ -21,6 +22,7 @@ class SiteReport:
     """One quantized weight. ``error`` is the relative error of the layer's output on calibration
     tokens, ``minmax_error`` what min-max in the standard format of the width would give; of an
     embedding alone, that of its rows. ``bias``: whether the linear adds one; None if there is none.
+    ``unreached_experts``: those of a stack that calibration brought no token.
     """
 
     name: str
@@ -35,15 +37,18 @@ class SiteReport:
     minmax_error: float
     bytes: int
     bias: bool | None
+    unreached_experts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Report:
-    """``sites`` that are FP4 now; ``skipped`` parameters of two or more dimensions, each with
-    its reason; ``recipe`` repeats the run; ``kernels`` (after compiling) names the kernel of every
-    site that is multiplied with; ``example``: the call that the model was traced with.
+    """``model`` is the model's class. ``sites`` that are FP4 now; ``skipped`` parameters of two or
+    more dimensions, each with its reason; ``recipe`` repeats the run; ``kernels`` (after compiling)
+    names the kernel of every site that is multiplied with; ``example``: the call that the model was
+    traced with.
     """
 
+    model: str
     spec: QuantSpec
     method: str
     sites: tuple[SiteReport, ...]
@@ -56,7 +61,7 @@ class Report:
     @property
     def bits_per_weight(self) -> float:
         """Bits of codes, scales and shifts per quantized weight."""
-        weights = sum(site.shape[0] * site.shape[1] for site in self.sites)
+        weights = sum(prod(site.shape) for site in self.sites)
         return 8 * sum(site.bytes for site in self.sites) / max(weights, 1)
 
     def summary(self) -> str:
@@ -70,12 +75,19 @@ class Report:
         ]
         if errors:
             lines[0] += f", median relative output error {median(errors):.4f}"
+        lines += [
+            f"{site.name}: calibration brought experts {_some(site.unreached_experts)} no token; "
+            "they were quantized by their weights alone"
+            for site in self.sites
+            if site.unreached_experts
+        ]
         lines += [f"in high precision: {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the recipe and the example, as plain values."""
         return {
+            "model": self.model,
             "spec": asdict(self.spec),
             "method": self.method,
             "seconds": self.seconds,
@@ -86,8 +98,13 @@ class Report:
         }
 
 
+def _some(numbers: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return shown if len(numbers) <= 8 else f"{shown} and {len(numbers) - 8} more"
+
+
 def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) -> Report:
-    """The report of a committed rewrite."""
+    """The report of a finished rewrite."""
     producer = {site: name for name, sites in rewrite.folded.items() for site in sites}
     sites = tuple(
         _site_report(rewrite, site, producer.get(site.name))
@@ -100,7 +117,9 @@ def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) 
         if site.name not in rewrite.qparams
     }
     skipped = {**rewrite.graph.skipped, **undecided}
-    return Report(spec, method, sites, skipped, seconds, Recipe(rewrite.qparams, skipped))
+    recipe = Recipe(rewrite.qparams, skipped)
+    report = Report(type(rewrite.model).__name__, spec, method, sites, skipped, seconds, recipe)
+    return replace(report, recipe=replace(recipe, report=report.to_dict()))
 
 
 def _site_report(rewrite: Rewrite, site: Site, producer: str | None) -> SiteReport:
@@ -121,4 +140,5 @@ def _site_report(rewrite: Rewrite, site: Site, producer: str | None) -> SiteRepo
         minmax_error=decision.minmax_error,
         bytes=sum(getattr(tensor, part).nbytes for part in tensor.__tensor_flatten__()[0]),
         bias=bias_node(site.linears[0]) is not None if site.linears else None,
+        unreached_experts=decision.unreached,
     )

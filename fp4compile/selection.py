@@ -1,14 +1,16 @@
-"""Which sites to quantize: ``targets=`` and ``ignore=``."""
+"""Which sites to quantize, and how: ``targets=``, ``ignore=`` and ``overrides=``."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from fp4compile.errors import SelectionError
+from fp4compile.qparams import QuantSpec
 from fp4compile.trace import Graph, Site
 
 # A glob on the name, a regular expression after "re:", a module class, or a predicate.
@@ -40,13 +42,39 @@ def select(
     return tuple(chosen), left_out
 
 
-def without_embeddings(sites: Sequence[Site]) -> tuple[tuple[Site, ...], dict[str, str]]:
-    """The sites that are not looked up, and the reason for those that are."""
+def with_overrides(
+    graph: Graph, model: nn.Module, overrides: Mapping[Selector, str | QuantSpec]
+) -> Graph:
+    """``graph`` with the spec of the first selector that matches a site; others have none.
+
+    Raises:
+        SelectionError: a selector matches no site.
+        SpecError: there is no such preset.
+    """
+    _check_all_match(graph, model, tuple(overrides))
+    specs = {selector: as_spec(spec) for selector, spec in overrides.items()}
+
+    def spec_of(site: Site) -> QuantSpec | None:
+        found = (spec for key, spec in specs.items() if _matches_any(site, model, [key]))
+        return next(found, None)
+
+    return replace(graph, sites=tuple(replace(site, spec=spec_of(site)) for site in graph.sites))
+
+
+def as_spec(spec: str | QuantSpec) -> QuantSpec:
+    """The spec, or the preset of that name."""
+    return QuantSpec.preset(spec) if isinstance(spec, str) else spec
+
+
+def without_embeddings(
+    sites: Sequence[Site], spec: QuantSpec
+) -> tuple[tuple[Site, ...], dict[str, str]]:
+    """The sites that ``spec``, or an override, quantizes as embeddings or that are none; and the
+    reason for the others.
+    """
     reason = "the spec keeps embeddings in high precision"
-    return (
-        tuple(site for site in sites if not site.lookups),
-        {site.name: reason for site in sites if site.lookups},
-    )
+    kept = [site for site in sites if not site.lookups or (site.spec or spec).embedding]
+    return tuple(kept), {site.name: reason for site in sites if site not in kept}
 
 
 def _check_all_match(graph: Graph, model: nn.Module, selectors: Sequence[Selector]) -> None:

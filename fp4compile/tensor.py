@@ -8,11 +8,11 @@ quantized by what it computes, not by the classes of its modules; eager calls, `
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from fp4compile import ops
@@ -20,19 +20,30 @@ from fp4compile.errors import UnsupportedOperationError
 from fp4compile.formats import by_name
 from fp4compile.operand import original_weight
 from fp4compile.packing import unpack_blocks, unpack_values
+from fp4compile.weight_functions import (
+    FUNCTIONS,
+    TRANSPOSES,
+    PackedWeight,
+    by_operator,
+    swaps_last_two,
+)
 
 aten = torch.ops.aten
 
 
-class FP4Tensor(torch.Tensor):
+class FP4Tensor(PackedWeight):
     """Packed codes of a weight ``[N, K]`` with all that a call needs to use them.
 
     ``packed_weight`` uint8 ``[N, packed_size(K)]``; ``weight_scale`` and ``block_scale`` as
     ``fp4::linear`` takes them. ``activation_scale`` float32 0-d, ``exponent_shift`` int8 ``[K]``
     and the attributes from ``granularity`` to ``block_clip`` are those of
     ``fp4::quantize_activation``; ``activation_format`` None means weight-only. The logical shape
-    is ``[N, K]``, or ``[K, N]`` when ``transposed`` (weights of addmm and matmul); ``dtype`` is
-    the one the parameter had.
+    is ``[N, K]``, or ``[K, N]`` when ``transposed`` (weights of addmm and matmul), or that of a
+    convolution, ``[N, K / prod(patch), *patch]``; ``dtype`` is the one the parameter had.
+
+    A stack of experts has a dimension more: ``packed_weight`` ``[E, N, packed_size(K)]``,
+    ``weight_scale`` ``[E, N]`` (``[E, 1, 1]`` with blocks), ``block_scale`` ``[E, N, blocks]``, and
+    the logical shape ``[E, N, K]`` or ``[E, K, N]``.
     """
 
     packed_weight: Tensor
@@ -50,6 +61,7 @@ class FP4Tensor(torch.Tensor):
     block_clip: float
     reduction: int
     transposed: bool
+    patch: tuple[int, ...]
 
     TENSORS = (
         "packed_weight",
@@ -69,6 +81,7 @@ class FP4Tensor(torch.Tensor):
         "block_clip",
         "reduction",
         "transposed",
+        "patch",
     )
 
     @staticmethod
@@ -90,10 +103,13 @@ class FP4Tensor(torch.Tensor):
         block_clip: float = 1.0,
         reduction: int,
         transposed: bool = False,
+        patch: tuple[int, ...] = (),
         dtype: torch.dtype = torch.float32,
     ) -> FP4Tensor:
-        rows = packed_weight.shape[0]
-        shape = (reduction, rows) if transposed else (rows, reduction)
+        *stack, rows = packed_weight.shape[:-1]
+        shape = (*stack, reduction, rows) if transposed else (*stack, rows, reduction)
+        if patch:
+            shape = (rows, reduction // prod(patch), *patch)
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=packed_weight.device, requires_grad=False
         )
@@ -116,6 +132,7 @@ class FP4Tensor(torch.Tensor):
         block_clip: float = 1.0,
         reduction: int,
         transposed: bool = False,
+        patch: tuple[int, ...] = (),
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.packed_weight = packed_weight
@@ -133,6 +150,7 @@ class FP4Tensor(torch.Tensor):
         self.block_clip = block_clip
         self.reduction = reduction
         self.transposed = transposed
+        self.patch = patch
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         present = [name for name in self.TENSORS if getattr(self, name) is not None]
@@ -185,10 +203,42 @@ class FP4Tensor(torch.Tensor):
                 self.reduction,
             )
         weight = original_weight(weight, self.exponent_shift, self.shift_in_weight, self.rotation)
-        return weight.t() if self.transposed else weight
+        if self.patch:
+            return weight.view(self.shape)
+        return weight.mT if self.transposed else weight
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ W^T + bias`` for ``x`` ``[..., K]``, through the fp4:: ops."""
+        operand, operand_scale = self.operand_of(x)
+        return ops.linear(
+            operand,
+            operand_scale,
+            self.packed_weight,
+            self.weight_scale,
+            bias,
+            self.weight_format,
+            x.dtype,
+            self.block_scale,
+            self.block_size,
+        )
+
+    def grouped_linear(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Rows of ``x`` ``[S, K]`` up to ``offsets[e]`` times ``W[e]^T`` of a stack of experts."""
+        operand, operand_scale = self.operand_of(x)
+        return ops.grouped_linear(
+            operand,
+            operand_scale,
+            self.packed_weight,
+            self.weight_scale,
+            offsets,
+            self.weight_format,
+            x.dtype,
+            self.block_scale,
+            self.block_size,
+        )
+
+    def operand_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``x`` ``[..., K]`` as the GEMM takes it, and its scale."""
         operand, operand_scale = x, None
         if self.activation_format is not None:
             assert self.activation_scale is not None
@@ -204,17 +254,7 @@ class FP4Tensor(torch.Tensor):
                 self.block_size,
                 self.block_clip,
             )
-        return ops.linear(
-            operand,
-            operand_scale,
-            self.packed_weight,
-            self.weight_scale,
-            bias,
-            self.weight_format,
-            x.dtype,
-            self.block_scale,
-            self.block_size,
-        )
+        return operand, operand_scale
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Rows of the weight, in its dtype."""
@@ -235,7 +275,7 @@ class FP4Tensor(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        handler = _FUNCTIONS.get(func)
+        handler = FUNCTIONS.get(func) or by_operator(func)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
@@ -252,13 +292,16 @@ class FP4Tensor(torch.Tensor):
             return return_and_correct_aliasing(func, args, kwargs, out)
         if func is aten._to_copy.default:
             return _to_copy(*args, **kwargs)
-        if func is aten.t.default:
+        if func in TRANSPOSES and swaps_last_two(args[0].dim(), *args[1:]):
             out = args[0].with_attributes(transposed=not args[0].transposed)
             return return_and_correct_aliasing(func, args, kwargs, out)
+        if func in (aten.index.Tensor, aten.index_select.default, aten.select.int):
+            return _of_stack(func, *args, **kwargs)
         if func is aten.copy_.default:
             return _copy(*args, **kwargs)
-        if func in _DISPATCH:
-            return _DISPATCH[func](*args, **kwargs)
+        handler = by_operator(func)
+        if handler is not None:
+            return handler(*args, **kwargs)
         raise UnsupportedOperationError(
             f"{func} is not defined for a quantized weight of shape {tuple(args[0].shape)}; "
             "call .dequantize() on it, or leave this parameter out with ignore=[...]"
@@ -276,6 +319,24 @@ def _to_copy(self: FP4Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any
     )
 
 
+def _of_stack(func: Any, self: FP4Tensor, *index: Any, **kwargs: Any) -> FP4Tensor:
+    """Some matrices of a stack of experts, or one."""
+    along_first = index[0] == 0 if func is not aten.index.Tensor else len(index[0]) == 1
+    if self.dim() != 3 or not along_first:
+        raise UnsupportedOperationError(
+            f"{func} with {index} is not defined for a quantized weight of shape "
+            f"{tuple(self.shape)}: only matrices of a stack can be taken; leave this parameter "
+            "out with ignore=[...]"
+        )
+    parts = {name: getattr(self, name) for name in self.TENSORS}
+    for name in ("packed_weight", "weight_scale", "block_scale"):
+        if parts[name] is not None:
+            parts[name] = func(parts[name], *index, **kwargs)
+    if parts["weight_scale"].dim() == 2 and self.block_scale is not None:
+        parts["weight_scale"] = parts["weight_scale"].flatten()
+    return type(self)(**parts, **self._attributes())
+
+
 def _copy(self: FP4Tensor, source: Tensor, non_blocking: bool = False) -> FP4Tensor:
     if (
         not isinstance(source, FP4Tensor)
@@ -289,69 +350,5 @@ def _copy(self: FP4Tensor, source: Tensor, non_blocking: bool = False) -> FP4Ten
         getattr(self, name).copy_(getattr(source, name), non_blocking)
     return self
 
-
-def _linear(input: Tensor, weight: FP4Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(weight, FP4Tensor) or weight.transposed:
-        raise UnsupportedOperationError(
-            "F.linear needs the quantized tensor as its weight [N, K], not as its input or "
-            "transposed; leave this parameter out with ignore=[...]"
-        )
-    return weight.linear(input, bias)
-
-
-def _matmul(input: Tensor, other: FP4Tensor) -> Tensor:
-    if not isinstance(other, FP4Tensor) or not other.transposed:
-        raise UnsupportedOperationError(
-            "matmul needs the quantized tensor as its right operand [K, N]; "
-            "leave this parameter out with ignore=[...]"
-        )
-    return other.linear(input, None)
-
-
-def _addmm(
-    input: Tensor, mat1: Tensor, mat2: FP4Tensor, *, beta: float = 1, alpha: float = 1
-) -> Tensor:
-    if beta != 1 or alpha != 1 or not isinstance(mat2, FP4Tensor) or not mat2.transposed:
-        raise UnsupportedOperationError(
-            f"addmm on a quantized weight needs it as mat2 [K, N] and beta = alpha = 1, "
-            f"got beta={beta}, alpha={alpha}; leave this parameter out with ignore=[...]"
-        )
-    return mat2.linear(mat1, input)
-
-
-def _embedding(
-    input: Tensor,
-    weight: FP4Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    *_unused: Any,
-    **_also_unused: Any,
-) -> Tensor:
-    if max_norm is not None:
-        raise UnsupportedOperationError(
-            "an embedding with max_norm rescales its weight in place and cannot be quantized; "
-            "leave it out with ignore=[...]"
-        )
-    return weight.lookup(input)
-
-
-_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
-    F.linear: _linear,
-    F.embedding: _embedding,
-    torch.addmm: _addmm,
-    torch.Tensor.addmm: _addmm,
-    torch.matmul: _matmul,
-    torch.Tensor.matmul: _matmul,
-    torch.Tensor.__matmul__: _matmul,
-    torch.mm: _matmul,
-    torch.Tensor.mm: _matmul,
-}
-_DISPATCH: dict[Any, Callable[..., Tensor]] = {
-    aten.linear.default: _linear,
-    aten.mm.default: _matmul,
-    aten.matmul.default: _matmul,
-    aten.addmm.default: _addmm,
-    aten.embedding.default: lambda weight, indices, *_rest: weight.lookup(indices),
-}
 
 torch.serialization.add_safe_globals([FP4Tensor])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -12,47 +13,70 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fp4compile.errors import TraceError
+from fp4compile.keyword_call import naming_keywords, parameter_name
+from fp4compile.qparams import QuantSpec
+from fp4compile.weight_uses import WeightUse, bias_node, weight_use
 
 aten = torch.ops.aten
 
-# position of (activation, weight) in the arguments of each op that a packed weight can serve,
-# and whether the weight is [K, N]
-LINEAR_OPS: dict[Any, tuple[int, int, bool]] = {
-    aten.linear.default: (0, 1, False),
-    aten.addmm.default: (1, 2, True),
-    aten.matmul.default: (0, 1, True),
-    aten.mm.default: (0, 1, True),
-}
 # Ops that hand their first argument on unchanged in an exported inference graph.
 PASS_THROUGH = frozenset(
     {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.contiguous.default,
-     aten.dropout.default, aten.detach.default, aten.alias.default}
+     aten.dropout.default, aten.detach.default, aten.alias.default, aten.type_as.default}
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Site:
-    """One weight ``[N, K]`` (``[K, N]`` when ``transposed``) and the nodes that use it.
+    """One weight and the nodes that use it: ``[N, K]`` (``[K, N]`` when ``transposed``), a stack of
+    experts ``[E, N, K]`` (``[E, K, N]``) where ``offsets`` says whose the rows of the input are, or
+    that of a convolution ``[N, C, *patch]`` whose windows tile its input.
 
     ``name`` is the parameter's fully qualified name; ``aliases`` are all names under which the
-    model holds the same parameter. ``linears`` read the activation ``input``; ``lookups`` are
-    embedding nodes. A tied head has both.
+    model holds the same parameter. ``uses`` read the activation ``input``; ``lookups`` are
+    embedding nodes. A tied head has both. ``spec`` overrides that of the call.
     """
 
     name: str
     aliases: tuple[str, ...]
-    linears: tuple[fx.Node, ...]
+    uses: tuple[WeightUse, ...]
     lookups: tuple[fx.Node, ...]
     input: fx.Node | None
     transposed: bool = False
+    offsets: fx.Node | None = None
+    patch: tuple[int, ...] = ()
+    spec: QuantSpec | None = None
+
+    @property
+    def linears(self) -> tuple[fx.Node, ...]:
+        """The nodes that multiply with the weight."""
+        return tuple(use.node for use in self.uses)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that read the same activation: they share its scale and exponent shifts."""
+    """Sites that read the same activation in the same way: they share its scale and exponent
+    shifts.
+    """
 
     input: fx.Node
     sites: tuple[Site, ...]
+
+    @property
+    def offsets(self) -> fx.Node | None:
+        """Where each expert's rows of the input end, if the sites are stacks of experts."""
+        return self.sites[0].offsets
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """The window, if the sites are convolutions."""
+        return self.sites[0].patch
+
+    @property
+    def channels(self) -> int:
+        """K: what one row of a weight is multiplied with."""
+        shape = self.input.meta["val"].shape
+        return int(shape[1]) * prod(self.patch) if self.patch else int(shape[-1])
 
 
 @dataclass(frozen=True)
@@ -68,11 +92,12 @@ class Graph:
     groups: tuple[Group, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        by_input: dict[fx.Node, list[Site]] = {}
+        together: dict[Any, list[Site]] = {}
         for site in self.sites:
             if site.input is not None:
-                by_input.setdefault(site.input, []).append(site)
-        groups = tuple(Group(node, tuple(sites)) for node, sites in by_input.items())
+                key = (site.input, site.offsets, site.patch, site.spec)
+                together.setdefault(key, []).append(site)
+        groups = tuple(Group(key[0], tuple(sites)) for key, sites in together.items())
         object.__setattr__(self, "groups", groups)
 
 
@@ -85,12 +110,13 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> G
     Raises:
         TraceError: torch.export refuses the model; the message carries its reason.
     """
-    dynamic = pytree.tree_map(dynamic_shape, (tuple(args), dict(kwargs)))
-    shapes: Any = dynamic[0] if not kwargs else dict(_names(model, args, dynamic[0]), **dynamic[1])
+    callee = naming_keywords(model, kwargs)
+    call = inspect.signature(callee.forward).bind(*args, **kwargs).arguments
+    shapes = pytree.tree_map(dynamic_shape, dict(call))
     try:
         with torch.no_grad():
             exported = torch.export.export(
-                model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
+                callee, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False
             )
     except Exception as error:  # torch.export raises a dozen types; all mean the same to a user
         raise TraceError(
@@ -113,11 +139,6 @@ def dynamic_shape(value: Any) -> Any:
     return dict.fromkeys(range(dims), torch.export.Dim.AUTO)
 
 
-def _names(model: nn.Module, args: Sequence[Any], shapes: Sequence[Any]) -> dict[str, Any]:
-    names = list(inspect.signature(model.forward).parameters)
-    return dict(zip(names[: len(args)], shapes, strict=True))
-
-
 def _drop_assertions(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
@@ -136,8 +157,9 @@ def _find_sites(
         aliases.setdefault(parameter_id, []).append(name)
     readers: dict[int, list[fx.Node]] = {}
     for node in module.graph.find_nodes(op="get_attr"):
-        if str(node.target) in identity:
-            readers.setdefault(identity[str(node.target)], []).append(node)
+        name = parameter_name(node)
+        if name in identity:
+            readers.setdefault(identity[name], []).append(node)
     order = {node: position for position, node in enumerate(module.graph.nodes)}
     sites, skipped = [], {}
     for parameter in model.parameters():
@@ -155,30 +177,36 @@ def _find_sites(
 
 def _site_of(names: tuple[str, ...], readers: Sequence[fx.Node]) -> Site | str:
     """The site of one parameter, or the reason why it is none."""
-    linears: list[fx.Node] = []
+    uses: list[WeightUse] = []
     lookups: list[fx.Node] = []
-    inputs: set[Any] = set()
     transposed: set[bool] = set()
     for reader, flipped, user in _uses(readers):
         if user.target is aten.embedding.default and user.args[0] is reader and not flipped:
             lookups.append(user)
             continue
-        if user.target not in LINEAR_OPS:
-            return f"used by {user.target}, which has no FP4 form"
-        x_position, weight_position, needs_kn = LINEAR_OPS[user.target]
-        if user.args[weight_position] is not reader or user.args.count(reader) > 1:
-            return f"used by {user.target} as something else than its weight"
-        linears.append(user)
-        inputs.add(user.args[x_position])
-        transposed.add(needs_kn != flipped)
-    if not linears and not lookups:
+        use = weight_use(user, reader)
+        if isinstance(use, str):
+            return use
+        uses.append(use)
+        transposed.add(use.transposed != flipped)
+    if not uses and not lookups:
         return "not used by the exported forward"
-    if len(inputs) > 1:
+    kinds = {(use.input, use.offsets, use.patch) for use in uses}
+    if len(kinds) > 1:
         return "one weight applied to several activations (layers that share it)"
     if len(transposed) > 1 or (lookups and True in transposed):
         return "used both as [N, K] and as [K, N]"
-    site_input = next(iter(inputs), None)
-    return Site(names[0], names, tuple(linears), tuple(lookups), site_input, True in transposed)
+    site_input, offsets, patch = next(iter(kinds), (None, None, ()))
+    return Site(
+        names[0],
+        names,
+        tuple(uses),
+        tuple(lookups),
+        site_input,
+        True in transposed,
+        offsets,
+        patch,
+    )
 
 
 def _uses(readers: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, bool, fx.Node]]:
@@ -192,14 +220,14 @@ def _uses(readers: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, bool, fx.Node]]
 
 
 def _is_transpose(node: fx.Node) -> bool:
-    if node.target in (aten.transpose.int, aten.permute.default):
-        return sorted(pytree.tree_leaves(node.args[1:])) in ([0, 1], [-2, -1])
-    return node.target in (aten.t.default, aten.numpy_T.default)
+    """Whether the last two dimensions change places, and no others."""
+    dims = node.meta["val"].dim() if isinstance(node.meta.get("val"), Tensor) else 0
+    if node.target is aten.transpose.int:
+        return {int(dim) % dims for dim in node.args[1:]} == {dims - 1, dims - 2}  # type: ignore[call-overload]  # ints
+    if node.target is aten.permute.default:
+        order = [int(dim) % dims for dim in node.args[1]]  # type: ignore[union-attr, arg-type]  # ints
+        return order == [*range(dims - 2), dims - 1, dims - 2]
+    return node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default)
 
 
-def bias_node(linear: fx.Node) -> Any:
-    """The bias that a node of :data:`LINEAR_OPS` adds, or None."""
-    if linear.target is aten.addmm.default:
-        return linear.args[0]
-    has_bias = linear.target is aten.linear.default and len(linear.args) > 2
-    return linear.args[2] if has_bias else None
+__all__ = ["Graph", "Group", "Site", "bias_node", "parameter_name", "trace"]

@@ -18,5 +18,15 @@ compile_graph = partial(inductor.compile_graph, settings=config.__repr__)
 # After the version guard.
 from fp4compile.lowering import ops  # noqa: E402, F401
 from fp4compile.lowering.ops.linear import kernel_for  # noqa: E402
+from fp4compile.lowering.serves import services  # noqa: E402
 
-__all__ = ["calls_in", "compile_graph", "config", "kernel_for", "package", "saved_code"]
+__all__ = [
+    "calls_in",
+    "compile_graph",
+    "config",
+    "inductor",
+    "kernel_for",
+    "package",
+    "saved_code",
+    "services",
+]

@@ -27,8 +27,10 @@ from torch._inductor.codegen.cpp_gemm_template import (
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import register_decomposition
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V, ops
@@ -51,6 +53,20 @@ def check_torch_version(version: str = torch.__version__) -> None:
             f"torch {version} was never tried with fp4compile's Inductor lowerings; "
             f"install torch >= {first[0]}.{first[1]}, < {beyond[0]}.{beyond[1]}"
         )
+
+
+def cpp_compiler() -> str:
+    """The command that Inductor compiles C++ with.
+
+    Raises:
+        CompileError: there is none.
+    """
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise CompileError(
+            f"Inductor finds no C++ compiler ({error}); install gcc/g++, or name one in CXX"
+        ) from error
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import ml_dtypes
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ FOREIGN = {
 }
 
 
-def tiny_llama(*, layers: int = 2, seed: int = 0) -> nn.Module:
+def tiny_llama(*, layers: int = 2, seed: int = 0, vocabulary: int = VOCABULARY) -> nn.Module:
     """A Llama with a tied head and grouped-query attention; activations differ between channels."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,7 +32,7 @@ def tiny_llama(*, layers: int = 2, seed: int = 0) -> nn.Module:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         initializer_range=0.05,
@@ -46,10 +48,54 @@ def tiny_llama(*, layers: int = 2, seed: int = 0) -> nn.Module:
     return model
 
 
+def byte_tokenizer() -> Any:
+    """A token per byte, 257 with the end; its chat template is the first message."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<end>", *alphabet])}
+    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, eos_token="<end>", pad_token="<end>"
+    )
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    return tokenizer
+
+
 def tokens(batch: int = 4, length: int = 24, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     # Token 0 is the padding.
     return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+
+
+class TinyLanguageModel(nn.Module):
+    """A language model with the names of a Llama, and traced in no time; ``dummy_inputs`` as
+    transformers' models have them.
+    """
+
+    dummy_inputs: ClassVar = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+
+    def __init__(self, vocabulary: int = 257, channels: int = 32) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(vocabulary, channels)
+        self.model.layers = nn.ModuleList([nn.Module() for _ in range(2)])
+        for layer in self.model.layers:
+            layer.norm, layer.mlp = nn.LayerNorm(channels), nn.Module()
+            layer.mlp.gate_proj = nn.Linear(channels, 48)
+            layer.mlp.up_proj = nn.Linear(channels, 48)
+            layer.mlp.down_proj = nn.Linear(48, channels)
+        self.lm_head = nn.Linear(channels, vocabulary)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.model.embed_tokens(input_ids)
+        for layer in self.model.layers:
+            y, mlp = layer.norm(x), layer.mlp
+            x = x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
+        return self.lm_head(x)
 
 
 class NormThenLinears(nn.Module):

@@ -9,26 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from models import byte_tokenizer
 from rich.console import Console
 
 from fp4compile import demo
 from fp4compile.evaluate import perplexity
 
-tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
-
-
-def _byte_tokenizer() -> Any:
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<end>", *alphabet])}
-    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bytewise, eos_token="<end>", pad_token="<end>"
-    )
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    return tokenizer
 
 
 def _tiny_model(cache_dir: object, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -43,7 +30,7 @@ def _tiny_model(cache_dir: object, dtype: torch.dtype) -> tuple[Any, Any]:
         eos_token_id=0,
         pad_token_id=0,
     )
-    return transformers.LlamaForCausalLM(config).to(dtype).eval(), _byte_tokenizer()
+    return transformers.LlamaForCausalLM(config).to(dtype).eval(), byte_tokenizer()
 
 
 def test_the_demo_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> None:

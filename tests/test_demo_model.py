@@ -136,7 +136,7 @@ def test_only_known_import_noise_is_dropped(
     # torch's own loggers do not propagate to the root, where caplog listens.
     logging.getLogger(logger).addHandler(caplog.handler)
     try:
-        with demo_model._import_noise_dropped():
+        with demo_model.import_noise_dropped():
             caplog.clear()
             logging.getLogger(logger).warning(message)
         assert (message in caplog.messages) is kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,7 @@ from fp4compile.search.gptq import compensated
 from fp4compile.search.grid import clip_factors
 from fp4compile.search.problem import SearchOptions
 from fp4compile.search.sorted_errors import channel_errors
-from fp4compile.search.tokens import weighted_tokens
+from fp4compile.search.tokens import shrunk_moment, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
 from fp4compile.weights import dequantized, for_activation
 
@@ -294,6 +295,49 @@ def test_unknown_names_list_the_known_ones():
         QuantSpec.preset("w3a3")
 
 
+def test_clipping_of_unseen_tokens_is_the_mean_over_their_power_law():
+    tokens = weighted_tokens(problem(QuantSpec.preset("w4a4"), tokens=64, channels=3))
+    ratios = torch.tensor([0.0, 0.3, 0.9, 1.0, 1.5, 3.0])[:, None]
+    # Quantiles of the law whose tail is h^-4 beyond 1.
+    h = (1 - (torch.arange(2_000_000, dtype=torch.float64) + 0.5) / 2_000_000) ** -0.25
+    expected = torch.stack([(h - r).clamp_min(0).square().mean() for r in ratios.double()])
+    found = tokens.clipping_errors(ratios * tokens.absmax)
+    unit = tokens.tail_weight * tokens.absmax.square()
+    torch.testing.assert_close(
+        found / unit, expected[:, None].float().expand(-1, 3), rtol=0.03, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_fine_static_formats_do_not_clip_a_channel_that_grows(bits):
+    # Larger tokens than calibration saw are the rule: in use there are far more of them.
+    start = problem(QuantSpec.preset(f"w{bits}a{bits}"), tokens=600, channels=32)
+    activation = by_method("fpq").search_group(start)["w"].activation
+    x = 1.5 * start.statistics.sample
+    error = (apply_activation(x, activation) - x).square().sum() / x.square().sum()
+    unaware = replace(start, options=SearchOptions(unseen=0.0))
+    careless = by_method("fpq").search_group(unaware)["w"].activation
+    assert error < (apply_activation(x, careless) - x).square().sum() / x.square().sum()
+
+
+def test_moments_of_few_tokens_shrink_towards_their_diagonal():
+    x = torch.randn(4096, 48, generator=torch.Generator().manual_seed(0)) @ torch.randn(
+        48, 48, generator=torch.Generator().manual_seed(1)
+    )
+    truth = x.t() @ x / len(x)
+
+    def distance(moment, tokens):
+        return float((moment / tokens - truth).square().sum())
+
+    for tokens in (32, 128):
+        some = x[:tokens]
+        assert distance(shrunk_moment(some, 1.0), tokens) < distance(some.t() @ some, tokens)
+        torch.testing.assert_close(
+            shrunk_moment(some, 1.0).diagonal(), (some.t() @ some).diagonal()
+        )
+    assert torch.equal(shrunk_moment(some, 0.0), some.t() @ some)
+
+
 def test_specs_that_mean_nothing_are_refused():
     four = TensorSpec(4)
     with pytest.raises(SpecError, match="per tensor, token or block"):
@@ -315,10 +359,17 @@ def test_specs_that_mean_nothing_are_refused():
 REFERENCE = {"w4a4": 0.016971, "w6a6": 0.001655, "w8a8": 0.000166}
 
 
+# What those figures measure: the error on the very tokens that were searched on, all alike.
+IN_SAMPLE = SearchOptions(
+    sink_power=math.inf, weight_sink_power=math.inf, unseen=0.0, moment_shrinkage=0.0
+)
+
+
 @pytest.mark.parametrize("preset", REFERENCE)
 def test_output_error_is_at_most_the_papers_code(preset, reference_layer):
     x, weight, bias = reference_layer
-    start = GroupProblem({"w": weight}, observe([x]), QuantSpec.preset(preset))
+    spec = QuantSpec.preset(preset)
+    start = GroupProblem({"w": weight}, observe([x]), spec, options=IN_SAMPLE)
     decision = by_method("fpq").search_group(start)["w"]
     y = x @ weight.t() + bias
     y_hat = (

@@ -1,7 +1,8 @@
 """The ``fp4::`` operators: schema, fake kernel and eager reference, one file each."""
 
 from fp4compile.ops.embedding import embedding
+from fp4compile.ops.grouped_linear import grouped_linear
 from fp4compile.ops.linear import linear
 from fp4compile.ops.quantize_activation import quantize_activation
 
-__all__ = ["embedding", "linear", "quantize_activation"]
+__all__ = ["embedding", "grouped_linear", "linear", "quantize_activation"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fp4compile.blocks import block_scales, rescaled_blocks
 from fp4compile.numerics import power_of_two
 from fp4compile.qparams import SiteQParams, WeightQParams
-from fp4compile.trace import Graph
+from fp4compile.trace import Graph, Site
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,12 @@ def commit(rewrite: Rewrite) -> None:
     rewrite.model.requires_grad_(False)
 
 
-def oriented(model: nn.Module, name: str, transposed: bool) -> Tensor:
-    """The parameter as float32 ``[N, K]``."""
-    weight = model.get_parameter(name).detach().to(torch.float32)
-    return weight.t().contiguous() if transposed else weight
+def oriented(model: nn.Module, site: Site) -> Tensor:
+    """The parameter as float32 ``[N, K]``; ``[E, N, K]`` of a stack of experts."""
+    weight = model.get_parameter(site.name).detach().to(torch.float32)
+    if site.patch:
+        return weight.flatten(1)
+    return weight.mT.contiguous() if site.transposed else weight
 
 
 def shifted_scales(weight: WeightQParams, row_shift: Tensor) -> tuple[Tensor, Tensor | None]:

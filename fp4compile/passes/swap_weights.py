@@ -19,13 +19,13 @@ def swap_weights(rewrite: Rewrite) -> Rewrite:
     for site in rewrite.graph.sites:
         if site.name not in rewrite.qparams:
             continue
-        weight = oriented(rewrite.model, site.name, site.transposed)
         packed = fp4_weight(
-            weight,
+            oriented(rewrite.model, site),
             rewrite.qparams[site.name],
             rewrite.model.get_parameter(site.name).dtype,
             row_shift=rewrite.row_shifts.get(site.name),
             transposed=site.transposed,
+            patch=site.patch,
         )
         parameters.update(dict.fromkeys(site.aliases, packed))
     return replace(rewrite, parameters=parameters)
@@ -38,8 +38,11 @@ def fp4_weight(
     *,
     row_shift: Tensor | None = None,
     transposed: bool = False,
+    patch: tuple[int, ...] = (),
 ) -> FP4Tensor:
-    """Pack ``weight`` float32 ``[N, K]`` by ``qparams``; ``transposed`` is its logical layout."""
+    """Pack ``weight`` float32 ``[N, K]`` (experts: ``[E, N, K]``) by ``qparams``; ``transposed``
+    and ``patch`` are its logical layout.
+    """
     activation, decided = qparams.activation, qparams.weight
     scale, block_scale = decided.scale, decided.block_scale
     if row_shift is not None:
@@ -58,7 +61,8 @@ def fp4_weight(
         rotation=1 if activation is None else activation.rotation,
         block_size=decided.block_size,
         block_clip=1.0 if activation is None else activation.block_clip,
-        reduction=weight.shape[1],
+        reduction=weight.shape[-1],
         transposed=transposed,
+        patch=patch,
         dtype=dtype,
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from fp4compile.formats import FloatFormat, alternatives
 from fp4compile.numerics import scale_for_max
 from fp4compile.qparams import ActivationQParams, TensorSpec, WeightQParams
-from fp4compile.search.candidates import apply_activation
+from fp4compile.search.candidates import apply_activation, clipping_errors
 from fp4compile.search.grid import clip_factors
 from fp4compile.search.problem import SearchOptions
 from fp4compile.search.tokens import TINY, Tokens
@@ -27,6 +27,8 @@ from fp4compile.weights import dequantized, row_parts
 LARGEST_SHIFT = 7
 # A few tokens (attention sinks) can be 2^6 times larger than all others.
 OCTAVES_BELOW = 6.0
+# Finer formats can afford to clip nothing of larger tokens than calibration saw.
+OCTAVES_ABOVE = {4: 0, 6: 2, 8: 4}
 STEPS_PER_OCTAVE = {4: 16, 6: 4, 8: 2}
 TOKEN_CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 EXACT_CANDIDATES = 4
@@ -81,27 +83,34 @@ class ActivationError:
     def exact_on(self, tokens: Tokens) -> Callable[[ActivationQParams], float]:
         """The error of a candidate on ``tokens``, relative to the output power of one site."""
         target = tokens.scaled(tokens.x)
+
+        def unseen(candidate: ActivationQParams) -> float:
+            return float(clipping_errors(tokens, candidate) @ self.diagonal)
+
         if self.weights is not None:
             weight, quantized_weight = self.weights
             y = target @ weight.t()
 
             def of_outputs(candidate: ActivationQParams) -> float:
                 x_hat = tokens.scaled(apply_activation(tokens.x, candidate))
-                return float((x_hat @ quantized_weight.t() - y).square().sum()) / len(y)
+                seen = float((x_hat @ quantized_weight.t() - y).square().sum()) / len(y)
+                return seen + unseen(candidate)
 
             return of_outputs
         linear = 2 * target @ self.cross.t()
 
         def of_moments(candidate: ActivationQParams) -> float:
             x_hat = tokens.scaled(apply_activation(tokens.x, candidate))
-            return self.sites + float(((x_hat @ self.gram - linear) * x_hat).sum()) / len(x_hat)
+            seen = float(((x_hat @ self.gram - linear) * x_hat).sum()) / len(x_hat)
+            return self.sites + seen + unseen(candidate)
 
         return of_moments
 
     def ranking(self, candidate: ActivationQParams, tokens: Tokens) -> float:
         """The activation's part alone, without the correlation between channels."""
         difference = tokens.scaled(apply_activation(tokens.x, candidate) - tokens.x)
-        return float(difference.square().sum(dim=0) @ self.diagonal)
+        seen = difference.square().mean(dim=0)
+        return float((seen + clipping_errors(tokens, candidate)) @ self.diagonal)
 
 
 def search_activation(
@@ -155,8 +164,11 @@ def _static_candidates(
     formats = spec.candidates
     largest = {fmt.name: _largest_shift(fmt) for fmt in formats}
     steps = STEPS_PER_OCTAVE[spec.bits]
-    factors = clip_factors(steps, OCTAVES_BELOW + max(largest.values()))
-    absmax = tokens.x.abs().amax(dim=0)
+    headroom = OCTAVES_ABOVE[spec.bits]
+    factors = clip_factors(
+        steps, OCTAVES_BELOW + max(largest.values()), 1 + round(headroom * steps)
+    )
+    absmax = tokens.absmax
     maxima = absmax.amax() * factors
     kept = []
     for fmt, table in zip(
@@ -180,7 +192,9 @@ def _unshifted_candidates(
 ) -> list[tuple[float, ActivationQParams]]:
     """As :func:`_static_candidates`, without a table: all channels have one maximum."""
     few = tokens.thinned(RANKING_TOKENS)
-    maxima = tokens.x.abs().amax() * clip_factors(STEPS_PER_OCTAVE[spec.bits], OCTAVES_BELOW)
+    steps = STEPS_PER_OCTAVE[spec.bits]
+    above = 1 + round(OCTAVES_ABOVE[spec.bits] * steps)
+    maxima = tokens.absmax.amax() * clip_factors(steps, OCTAVES_BELOW, above)
     kept = []
     for fmt in spec.candidates:
         candidates = [

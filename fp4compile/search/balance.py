@@ -45,7 +45,8 @@ def moved(problem: GroupProblem, tokens: Tokens, shift: Tensor) -> tuple[GroupPr
     """The problem of activations ``x * 2^-shift`` and weights ``w * 2^shift``, and its tokens."""
     factor = power_of_two(shift)
     weights = {name: weight * factor for name, weight in problem.weights.items()}
-    return replace(problem, weights=weights), replace(tokens, x=tokens.x / factor)
+    tokens = replace(tokens, x=tokens.x / factor, absmax=tokens.absmax / factor)
+    return replace(problem, weights=weights), tokens
 
 
 def transformed_moment(moment: Tensor, shift: Tensor | None, rotation: int = 1) -> Tensor:

@@ -95,14 +95,28 @@ def apply_activation(x: Tensor, qparams: ActivationQParams) -> Tensor:
     return rounded * power_of_two(shift)
 
 
+def clipping_errors(tokens: Tokens, qparams: ActivationQParams | None) -> Tensor:
+    """Mean squared error ``[K]`` of what ``qparams`` clips of unseen tokens, as the GEMM sees it;
+    none where scales are dynamic.
+    """
+    if qparams is None or qparams.granularity != "tensor" or qparams.rotation > 1:
+        return torch.zeros_like(tokens.absmax)
+    factor = torch.ones(())
+    if qparams.exponent_shift is not None:
+        factor = power_of_two(qparams.exponent_shift)
+    maximum = qparams.scale * by_name(qparams.format).max_integer
+    errors = tokens.clipping_errors(maximum * factor)
+    return errors / factor.square() if qparams.shift_in_weight else errors
+
+
 def output_errors(
     problem: GroupProblem,
     tokens: Tokens,
     weights: Mapping[str, WeightQParams],
     activation: ActivationQParams | None,
 ) -> dict[str, float]:
-    """Relative output error of every site with weights and activation quantized, on weighted
-    tokens; about 1000 of them.
+    """Relative output error of every site with weights and activation quantized, on about 1000
+    weighted tokens, with what must be expected of unseen ones.
     """
     return all_output_errors(problem, tokens, [(weights, activation)])[0]
 
@@ -114,6 +128,7 @@ def all_output_errors(
     some = tokens.thinned(ERROR_TOKENS)
     x = some.scaled(some.x)
     seen = [x if a is None else some.scaled(apply_activation(some.x, a)) for _, a in decisions]
+    unseen = [clipping_errors(tokens, activation) * len(x) for _, activation in decisions]
     found: list[dict[str, float]] = [{} for _ in decisions]
     for name, weight in problem.weights.items():
         power = 0.0
@@ -126,6 +141,7 @@ def all_output_errors(
             for index, (_, part) in enumerate(of_decisions):
                 quantized = dequantized(for_activation(rows, decisions[index][1]), part)
                 errors[index] += float((seen[index] @ quantized.t()).sub_(y).square_().sum())
+                errors[index] += float(unseen[index] @ quantized.square().sum(dim=0))
         for index, error in enumerate(errors):
             found[index][name] = error / max(power, TINY)
     return found

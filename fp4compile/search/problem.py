@@ -26,6 +26,10 @@ class SearchOptions:
     of its output; infinity counts all the same. ``weight_sink_power``: the same for the second
     moment that weights are rounded by, which may rest on sinks more.
 
+    ``unseen``: a static scale reckons with so many times as many tokens as calibration saw, some of
+    them larger; 0 for none. ``moment_shrinkage``: how much of the correlation between channels that
+    chance may explain is left out of that second moment, see ``shrunk_moment``; 0 for nothing.
+
     ``format_margin``: an activation format that runs on the int8 route is preferred while its error
     is at most ``1 + format_margin`` times the best one's.
 
@@ -37,8 +41,10 @@ class SearchOptions:
     rounding: str = "compensated"
     shift_choice: str = "error"
     rounds: int = 3
-    sink_power: float = 1.0
+    sink_power: float = 0.1
     weight_sink_power: float = 16.0
+    unseen: float = 1.0
+    moment_shrinkage: float = 2.0
     format_margin: float = 0.02
     largest_rotation: int = 512
     balance: bool = True
@@ -48,7 +54,8 @@ class SearchOptions:
             raise SpecError(f"rounding {self.rounding!r} is not one of {ROUNDINGS}")
         if self.shift_choice not in SHIFT_CHOICES:
             raise SpecError(f"shift_choice {self.shift_choice!r} is not one of {SHIFT_CHOICES}")
-        if self.rounds < 1 or min(self.sink_power, self.weight_sink_power, self.format_margin) < 0:
+        positive = self.sink_power, self.weight_sink_power, self.format_margin
+        if self.rounds < 1 or min(*positive, self.unseen, self.moment_shrinkage) < 0:
             raise SpecError(f"rounds must be at least 1 and the rest not negative, got {self}")
 
 

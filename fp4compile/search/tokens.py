@@ -23,12 +23,20 @@ TINY = 1e-30
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """Calibration tokens ``x`` ``[T, K]`` and how much each counts: ``weight`` ``[T]`` for the
-    output error, ``moment_weight`` ``[T]`` for the second moment that weights are rounded by.
+    output error, ``moment_weight`` ``[T]`` for the second moment that weights are rounded by; both
+    have mean 1.
+
+    ``absmax`` ``[K]`` is over all tokens of the calibration, of which ``x`` may be a sample;
+    ``tail_weight`` ``[K]`` is how much more tokens of such a maximum would count. ``shrinkage`` of
+    the moment: see :func:`shrunk_moment`.
     """
 
     x: Tensor
     weight: Tensor
     moment_weight: Tensor
+    absmax: Tensor
+    tail_weight: Tensor
+    shrinkage: float
     _tables: dict[Any, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def error_tables(
@@ -40,8 +48,23 @@ class Tokens:
         key = (tuple(fmt.name for fmt in formats), tuple(maxima.tolist()))
         if key not in self._tables:
             some = self.thinned(size)
-            self._tables[key] = channel_errors(some.x, some.weight, maxima, formats)
+            tail = self.clipping_errors(maxima[:, None])
+            tables = channel_errors(some.x, some.weight, maxima, formats)
+            self._tables[key] = [table + tail for table in tables]
         return self._tables[key]
+
+    def clipping_errors(self, maxima: Tensor) -> Tensor:
+        """Mean squared error that clipping at ``maxima`` ``[..., K]`` must be expected to add on
+        tokens that calibration did not see.
+
+        Of as many again, one lies beyond ``absmax``; how far follows a power law, further than h
+        times that with probability ``h^-4``. So its mean squared error is ``absmax^2`` times
+        ``r^-2 / 3``, or ``2 - 8 r / 3 + r^2`` where ``r = maximum / absmax`` is below 1.
+        """
+        ratio = maxima / self.absmax.clamp_min(TINY)
+        beyond = ratio.clamp_min(1).square().reciprocal() / 3
+        within = torch.where(ratio < 1, (1 - ratio) * (5 / 3 - ratio), 0.0)
+        return self.tail_weight * self.absmax.square() * (beyond + within)
 
     def thinned(self, size: int) -> Tokens:
         """About ``size`` of them, evenly spaced."""
@@ -49,7 +72,8 @@ class Tokens:
         return self[slice(None, None, step)]
 
     def __getitem__(self, tokens: slice | Tensor) -> Tokens:
-        return Tokens(self.x[tokens], self.weight[tokens], self.moment_weight[tokens])
+        some = self.x[tokens], self.weight[tokens], self.moment_weight[tokens]
+        return Tokens(*some, self.absmax, self.tail_weight, self.shrinkage)
 
     def scaled(self, x: Tensor) -> Tensor:
         """``x`` with rows times the root of their weight, for sums of weighted squares."""
@@ -60,29 +84,64 @@ class Tokens:
         return (output_power(self.x, weight) * self.weight).mean()
 
     def moment(self) -> Tensor:
-        """Weighted second moment ``[K, K]``."""
-        x = self.for_moments(self.x)
-        return x.t() @ x
+        """Weighted second moment ``[K, K]``, shrunk as :func:`shrunk_moment` says."""
+        return shrunk_moment(self.for_moments(self.x), self.shrinkage)
 
     def for_moments(self, x: Tensor) -> Tensor:
         """``x`` with rows times the root of their weight in moments."""
         return x * self.moment_weight.sqrt()[:, None]
 
 
+def shrunk_moment(x: Tensor, shrinkage: float) -> Tensor:
+    """``x^T x`` of tokens ``[T, K]``, its off-diagonal times ``1 - s``: correlations of many
+    channels that few tokens show are partly chance, which compensated rounding would rely on.
+
+    ``s`` is ``shrinkage`` times what has the least expected error if tokens are independent, with
+    channels at unit power (Schäfer and Strimmer 2005, after Ledoit and Wolf). Tokens of a sequence
+    resemble each other, so 2 is better than 1.
+    """
+    tokens = len(x)
+    moment = x.t() @ x
+    diagonal = moment.diagonal().clone()
+    inverse = diagonal.clamp_min(TINY).reciprocal()
+    square = x.square() * inverse * tokens
+    # Sums over pairs of channels: of the mean square of their product, and of its squared mean.
+    products = float((square.sum(dim=1).square() - square.square().sum(dim=1)).mean())
+    scaled = moment * inverse
+    means = float((scaled * scaled.t()).sum() - (diagonal * inverse).sum())
+    s = min(1.0, shrinkage * max(0.0, products - means) / (tokens * max(means, TINY)))
+    moment.mul_(1 - s).diagonal().copy_(diagonal)
+    return moment
+
+
 def weighted_tokens(problem: GroupProblem) -> Tokens:
     """The sample; a token counts less the more its output power exceeds the mean."""
-    x, options = problem.statistics.sample, problem.options
-    power = torch.zeros(len(x))
+    statistics, options = problem.statistics, problem.options
+    x, absmax = statistics.sample, statistics.absmax
+    power, of_maximum = torch.zeros(len(x)), torch.zeros(len(absmax))
     for weight in problem.weights.values():
         y = output_power(x, weight)
-        power += y / y.mean().clamp_min(TINY)
-    return Tokens(x, _damped(power, options.sink_power), _damped(power, options.weight_sink_power))
+        mean = y.mean().clamp_min(TINY)
+        power += y / mean
+        of_maximum += weight.square().sum(dim=0) * absmax.square() / mean
+    counts = _damped(power, options.sink_power, power)
+    in_moments = _damped(power, options.weight_sink_power, power)
+    tail = _damped(of_maximum, options.sink_power, power) * options.unseen / statistics.tokens
+    mean = counts.mean()
+    return Tokens(
+        x,
+        counts / mean,
+        in_moments / in_moments.mean(),
+        absmax,
+        tail / mean,
+        options.moment_shrinkage,
+    )
 
 
-def _damped(power: Tensor, sink_power: float) -> Tensor:
+def _damped(power: Tensor, sink_power: float, of_all: Tensor) -> Tensor:
     if sink_power == float("inf"):
         return torch.ones_like(power)
-    return 1 / (power + sink_power * power.mean().clamp_min(TINY))
+    return 1 / (power + sink_power * of_all.mean().clamp_min(TINY))
 
 
 def output_power(x: Tensor, weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from fp4compile.kernels import KernelChoice
 from fp4compile.lowering import inductor
 from fp4compile.lowering.choice import choose, log
+from fp4compile.lowering.ops.grouped_linear import grouped_kernel
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import CPU_TARGETS
 from fp4compile.ops.quantize_activation import operand_dtype
@@ -90,7 +91,9 @@ def _granularity(operand_scale: Any, block_scale: Any) -> str | None:
 
 
 def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
-    """The kernel that compiling ``F.linear`` with ``weight`` will use on this machine."""
+    """The kernel that compiling what uses ``weight`` will use on this machine."""
+    if weight.packed_weight.dim() == 3:
+        return grouped_kernel(*weight.packed_weight.shape[:2], weight.reduction)
     rows, columns = weight.packed_weight.shape[0], weight.reduction
     activation = weight.activation_format
     granularity = None if activation is None else weight.granularity

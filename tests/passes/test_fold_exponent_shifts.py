@@ -9,6 +9,7 @@ import torch
 from models import NormThenLinears, tiny_llama, tokens
 from torch import nn
 
+from bench.families import FAMILIES, first_output
 from fp4compile.formats import by_name
 from fp4compile.numerics import scale_for_max
 from fp4compile.passes import PASSES, Rewrite
@@ -24,11 +25,11 @@ def decisions(model: nn.Module, graph, scale: float = 0.2) -> dict[str, SiteQPar
     torch.manual_seed(5)
     found = {}
     for group in graph.groups:
-        channels = oriented(model, group.sites[0].name, group.sites[0].transposed).shape[1]
+        channels = oriented(model, group.sites[0]).shape[1]
         shift = torch.randint(0, 4, (channels,), dtype=torch.int8)
         activation = ActivationQParams("e2m1", "tensor", torch.tensor(scale), shift)
         for site in group.sites:
-            weight = oriented(model, site.name, site.transposed)
+            weight = oriented(model, site)
             scales = scale_for_max(weight.abs().amax(dim=1), by_name("e2m1"))
             found[site.name] = SiteQParams(WeightQParams("e2m1", scales), activation, 0.0, 0.0)
     return found
@@ -43,7 +44,7 @@ def run(build, call, passes, dtype) -> tuple[Rewrite, torch.Tensor]:
     commit(rewrite)
     with torch.no_grad():
         out = model(*call[0], **call[1])
-    return rewrite, out if isinstance(out, torch.Tensor) else out.logits
+    return rewrite, first_output(out)
 
 
 def layer_norm_model() -> nn.Module:
@@ -51,7 +52,10 @@ def layer_norm_model() -> nn.Module:
     return NormThenLinears()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("build", "call", "folds"),
     [
@@ -72,6 +76,138 @@ def test_folded_and_unfolded_models_compute_the_same_bits(build, call, folds, dt
     _, without = run(build, (args, call[1]), (swap_weights,), dtype)
     assert set(folded.folded) == folds
     assert torch.equal(with_fold, without)
+
+
+# Last module names of the producers that take shifts.
+THROUGH = {
+    "BERT": {"value"},
+    "GPT-2": {"ln_f", "ln_1", "ln_2", "c_attn"},
+    "Phi-3": {"input_layernorm", "post_attention_layernorm", "gate_up_proj", "norm"},
+    "GPT-NeoX": {
+        "query_key_value",
+        "final_layer_norm",
+        "input_layernorm",
+        "post_attention_layernorm",
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", THROUGH)
+def test_folds_through_attention_splits_and_views_keep_the_bits(name, dtype):
+    family = FAMILIES[name]
+    ids = family.batch(1)["input_ids"]
+    call = ((), {"input_ids": ids} if name == "BERT" else {"input_ids": ids, "use_cache": False})
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return family.build()
+
+    folded, with_fold = run(build, call, PASSES, dtype)
+    _, without = run(build, call, (swap_weights,), dtype)
+    assert {producer.split(".")[-2] for producer in folded.folded} == THROUGH[name]
+    assert torch.equal(with_fold, without)
+
+
+class OnePlus(nn.Module):
+    """A norm as Gemma writes it: its weight is stored less 1."""
+
+    def __init__(self, gamma: torch.Tensor) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(gamma)
+        self.linear = nn.Linear(len(gamma), 24)
+
+    def forward(self, x):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+        return self.linear((normed * (1.0 + self.gamma.float())).type_as(x))
+
+
+@pytest.mark.parametrize(
+    ("gamma", "dtype", "folds"),
+    [
+        (torch.randn(32).round(decimals=0) / 4, torch.float32, True),
+        # Of 8 significant bits, which float32 holds after the subtraction.
+        (torch.randn(32).bfloat16(), torch.bfloat16, True),
+        # Some of 24 bits are lost when 1 is taken off (1 + gamma) / 8.
+        (torch.linspace(-0.9, 0.9, 32).add(1e-7), torch.float32, False),
+    ],
+    ids=["coarse", "bfloat16", "fine"],
+)
+def test_a_norm_that_adds_one_to_its_weight_folds_where_that_is_exact(gamma, dtype, folds):
+    torch.manual_seed(1)
+    state = nn.Linear(32, 24).state_dict()
+
+    def build() -> nn.Module:
+        model = OnePlus(gamma.clone())
+        model.linear.load_state_dict(state)
+        return model
+
+    call = ((torch.randn(3, 7, 32, dtype=dtype),), {})
+    folded, with_fold = run(build, call, PASSES, dtype)
+    _, without = run(build, call, (swap_weights,), dtype)
+    assert set(folded.folded) == ({"gamma"} if folds else set())
+    assert torch.equal(with_fold, without)
+
+
+class GroupedQueries(nn.Module):
+    """Two heads of queries share one of values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 8)
+        self.v, self.o = nn.Linear(16, 8), nn.Linear(16, 16)
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, 2, 8).transpose(1, 2)
+        k, v = (
+            each(x).view(batch, length, 1, 8).transpose(1, 2).expand(-1, 2, -1, -1)
+            for each in (self.k, self.v)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.o(y.transpose(1, 2).reshape(batch, length, 16))
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_heads_that_share_values_fold_where_their_shifts_agree(agree):
+    torch.manual_seed(0)
+    model = GroupedQueries().eval()
+    x = torch.randn(3, 6, 16)
+    graph = trace(model, (x,), {})
+    found = decisions(model, graph)
+    shift = torch.arange(8, dtype=torch.int8) % 4
+    shift = torch.cat((shift, shift if agree else shift.flip(0)))
+    activation = replace(found["o.weight"].activation, exponent_shift=shift)
+    found["o.weight"] = replace(found["o.weight"], activation=activation)
+    rewrite = fold_exponent_shifts(Rewrite(model, graph, found))
+    assert set(rewrite.folded) == ({"v.weight"} if agree else set())
+    if agree:
+        assert torch.equal(rewrite.row_shifts["v.weight"], shift[:8])
+        assert torch.equal(rewrite.parameters["v.bias"] * 2.0 ** shift[:8], model.v.bias)
+
+
+class FusedProjection(nn.Module):
+    """``second`` reads a part that overlaps the first one if ``overlap``."""
+
+    def __init__(self, overlap: bool) -> None:
+        super().__init__()
+        self.fused = nn.Linear(16, 32)
+        self.first, self.second = nn.Linear(16, 8), nn.Linear(16, 8)
+        self.start = 8 if overlap else 16
+
+    def forward(self, x):
+        y = self.fused(x)
+        # The residual keeps the second part's shifts from folding too.
+        part = y[..., self.start : self.start + 16]
+        return self.first(y[..., :16]) + self.second(part) + part.sum()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_part_of_a_projection_folds_only_if_nobody_else_reads_it(overlap):
+    model = FusedProjection(overlap).eval()
+    graph = trace(model, (torch.randn(3, 16),), {})
+    rewrite = fold_exponent_shifts(Rewrite(model, graph, decisions(model, graph)))
+    assert rewrite.folded == ({} if overlap else {"fused.weight": ("first.weight",)})
 
 
 class SecondReader(nn.Module):

@@ -1,0 +1,103 @@
+"""``fp4compile eval``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fp4compile.commands.loading import Loaded, load
+from fp4compile.commands.options import Compile, Dtype, JsonPath, Model, dtype_of
+from fp4compile.commands.output import STDOUT, emit, table
+from fp4compile.compile import compile_model
+from fp4compile.evaluate import model_size, perplexity
+from fp4compile.tasks import run_tasks
+from fp4compile.texts import read_texts
+
+EXAMPLES = """
+[bold]Examples[/]
+
+  fp4compile eval out/smollm2
+
+  fp4compile eval out/smollm2 --data my_text.txt --tokens 4088 --json result.json
+
+  fp4compile eval MODEL --data Salesforce/wikitext:wikitext-2-raw-v1:test
+
+  fp4compile eval out/smollm2 --task hellaswag --task arc_easy --limit 100
+"""
+
+
+def command(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Text to score: 'heldout' (bundled WikiText-2 test), a file, or "
+            "name[:config[:split]] of a data set on the hub."
+        ),
+    ] = "heldout",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to score, in whole windows.")] = 8176,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    task: Annotated[
+        list[str] | None, typer.Option(help="A task of lm-eval instead of a text; repeatable.")
+    ] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option(help="Directory with task files (YAML) of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions per task; default all.")] = None,
+    compile_it: Compile = False,
+    dtype: Dtype = "float32",
+    json_path: JsonPath = None,
+) -> None:
+    """Perplexity of MODEL on a text, or its score in tasks of lm-eval."""
+    texts = [] if task else read_texts(data)
+    loaded = load(model, dtype_of(dtype))
+    if compile_it:
+        compile_model(loaded.model)
+    if task:
+        scores = run_tasks(
+            loaded.model, loaded.needed_tokenizer(), task, limit=limit, task_dir=task_dir
+        )
+    else:
+        quiet = json_path == STDOUT
+        scores = _perplexity(loaded, texts, tokens, window, progress=not quiet)
+    size = model_size(loaded.model)
+    result = {
+        "model": model,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "bits_per_weight": size.bits_per_weight,
+        **({"tasks": scores} if task else {"data": data, "window": window, **scores}),
+    }
+    emit(result, _table(result), json_path)
+
+
+def _perplexity(
+    loaded: Loaded, texts: list[str], tokens: int, window: int, *, progress: bool
+) -> dict[str, Any]:
+    # Not verbose: the text is longer than the context, but it is cut into windows.
+    encoded = loaded.needed_tokenizer()(
+        "\n".join(texts), add_special_tokens=False, return_tensors="pt", verbose=False
+    )
+    return asdict(
+        perplexity(
+            loaded.model, encoded.input_ids, window=window, max_tokens=tokens, progress=progress
+        )
+    )
+
+
+def _table(result: dict[str, Any]) -> Any:
+    made = table("", ">")
+    made.add_row("model", result["model"])
+    made.add_row("bits per weight", f"{result['bits_per_weight']:.2f}")
+    for name, metrics in result.get("tasks", {}).items():
+        for metric, value in metrics.items():
+            made.add_row(f"{name}, {metric}", f"{value:.4f}")
+    if "perplexity" in result:
+        made.add_row("perplexity", f"{result['perplexity']:.2f}")
+        made.add_row("tokens scored", f"{result['tokens']} of {result['data']}")
+        made.add_row("window", str(result["window"]))
+    return made

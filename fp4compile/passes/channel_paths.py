@@ -1,0 +1,138 @@
+"""Which channel of a producer each channel of a value is, through views, splits and attention.
+
+The numbers of the channels are sent down the path by the graph's own operators, on the sizes of
+the traced example; so heads that share keys and values, and fused projections, need no case of
+their own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fp4compile.trace import PASS_THROUGH
+
+aten = torch.ops.aten
+
+# Hand on what they are given, in another shape or in part.
+VIEWS = frozenset(
+    {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+     aten.unflatten.int, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
+     aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.clone.default}
+)  # fmt: skip
+# Give several parts; each getitem takes one.
+SPLITS = frozenset(
+    {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
+)
+# (node, position of the argument whose channels the result has)
+ATTENTION = {aten.scaled_dot_product_attention.default: 2, aten.matmul.default: 1}
+
+
+def next_on_path(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The arguments of ``node`` that a power of two per channel may come from, best first."""
+    if node.target in PASS_THROUGH or node.target in VIEWS or node.target in SPLITS:
+        return _nodes(node.args[:1])
+    if node.target is operator.getitem:
+        return _nodes(node.args[:1])
+    if node.target in ATTENTION:
+        return _nodes([node.args[ATTENTION[node.target]]])
+    if node.target is aten.mul.Tensor:
+        same = [
+            argument
+            for argument in _nodes(reversed(node.args))
+            if argument.meta["val"].shape[-1:] == node.meta["val"].shape[-1:]
+        ]
+        return tuple(same)
+    return ()
+
+
+def _nodes(arguments: Any) -> tuple[fx.Node, ...]:
+    return tuple(argument for argument in arguments if isinstance(argument, fx.Node))
+
+
+def channel_sources(path: Sequence[fx.Node]) -> Tensor | None:
+    """int64 ``[K]``: the channel of ``path[0]`` that each channel of ``path[-1]`` carries; None if
+    one carries several, or if another reader of the path gets one of them too.
+
+    Args:
+        path: nodes, each an argument of the next.
+    """
+    if not all(_has_hint(size) for node in path for size in _shape(node)):
+        return None  # a size that depends on data
+    shape = _hints(path[0].meta["val"].shape)
+    value: Any = torch.arange(shape[-1]).expand(shape)
+    values = [value]
+    for node, before in zip(path[1:], path, strict=False):
+        value = _sent(node, before, value)
+        values.append(value)
+    rows = value.reshape(-1, value.shape[-1])
+    sources = rows[0]
+    if not torch.equal(rows, sources.expand_as(rows)):
+        return None
+    alone = all(
+        _others_miss(node, following, held, sources)
+        for node, following, held in zip(path, path[1:], values, strict=False)
+    )
+    return sources if alone else None
+
+
+def _sent(node: fx.Node, before: fx.Node, value: Any) -> Any:
+    """The channel numbers that ``node`` hands on of ``value``, what ``before`` carries."""
+    if node.target in ATTENTION:
+        # Every query gets a mixture of the values' rows, which have the same channels.
+        rows = int(_hints(node.meta["val"].shape)[-2])
+        mixed = value[..., :1, :].expand(*value.shape[:-2], rows, value.shape[-1])
+        return mixed.expand(_hints(node.meta["val"].shape))
+    if node.target is aten.mul.Tensor:
+        return value.expand(_hints(node.meta["val"].shape))
+    if node.target in PASS_THROUGH:
+        return value
+    args, kwargs = fx.node.map_arg(
+        (node.args, node.kwargs), lambda other: value if other is before else _hint_of(other)
+    )
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _others_miss(node: fx.Node, following: fx.Node, value: Any, sources: Tensor) -> bool:
+    """Whether every other reader of ``node`` takes none of the channels ``sources``."""
+    for user in node.users:
+        if user is following:
+            continue
+        if user.target in VIEWS or user.target is operator.getitem:
+            taken = _sent(user, node, value)
+        elif user.target in SPLITS:
+            taken = value
+        else:
+            return False
+        leaves = [leaf for leaf in pytree.tree_leaves(taken) if isinstance(leaf, Tensor)]
+        if any(bool(torch.isin(leaf, sources).any()) for leaf in leaves):
+            return False
+    return True
+
+
+def _shape(node: fx.Node) -> Sequence[Any]:
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, Tensor) else ()
+
+
+def _has_hint(size: Any) -> bool:
+    return not isinstance(size, torch.SymInt) or bool(size.node.has_hint())
+
+
+def _hint_of(node: fx.Node) -> Any:
+    """A traced size as it was in the example."""
+    return _hint(node.meta["val"])
+
+
+def _hints(shape: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(_hint(size) for size in shape)
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
