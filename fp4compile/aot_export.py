@@ -71,6 +71,7 @@ def export(
         shapes["kwargs"] |= dynamic_shapes
     elif dynamic_shapes is not None:
         shapes["args"] = tuple(dynamic_shapes)
+    shapes = {name: dims for name, dims in shapes.items() if dims}
     try:
         with torch.no_grad():
             exported = torch.export.export(
