@@ -21,6 +21,8 @@ from fp4compile.tensor import FP4Tensor
 from fp4compile.trace import dynamic_shape
 
 MARKER = "// fp4compile {"
+# How generated C++ calls an op that was not compiled.
+OP_CALLS = ("aoti_torch_proxy_executor_call_function(", 'call_dispatcher("fp4::')
 KEY = "fp4compile"
 
 
@@ -82,7 +84,7 @@ def export(
             f"torch.export could not export {type(model).__name__}: {error}"
         ) from error
     code = lowering.package.compile_package(exported, path, {"cpu": cpu_features()})
-    if MARKER not in code or "fp4::" in code:
+    if MARKER not in code or any(call in code for call in OP_CALLS):
         path.unlink()
         raise CompileError(
             f"an fp4:: op was not compiled, so {path} would need fp4compile to run and was "
