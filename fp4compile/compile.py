@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fp4compile.coverage import Recorder
+from fp4compile.coverage import recorded
 from fp4compile.errors import CompileError
 from fp4compile.program.dispatch import Dispatcher
 from fp4compile.program.generate import GenerateWithStaticCache, takes_static_cache
@@ -94,9 +94,7 @@ def compile_model(model: nn.Module) -> nn.Module:
         logger.info("kernels: %s", ", ".join(f"{n} x {target}" for target, n in counts.items()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     if wrapper is model:
-        recorder = Recorder(fp4compile_backend, lowering)
-        model.fp4_recorder = recorder  # type: ignore[assignment]  # read by verify()
-        model.compile(backend=recorder, dynamic=True)
+        model.compile(backend=recorded(model, fp4compile_backend, lowering), dynamic=True)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True

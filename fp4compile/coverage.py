@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
@@ -96,21 +97,13 @@ class Coverage:
         )
 
 
-@dataclass
+@dataclass(eq=False)  # torch.compile takes equal backends for the same
 class Recorder:
     """A backend that does what ``compile`` does and keeps what the generated code says."""
 
     compile: Callable[..., Any]
     lowering: Any
     graphs: list[GeneratedGraph] = field(default_factory=list)
-
-    # torch.compile compares backends by equality and keys caches with them.
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
-        """A copied model is not compiled yet: nothing is recorded of it."""
-        return Recorder(self.compile, self.lowering)
 
     def __call__(
         self, module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any
@@ -131,6 +124,16 @@ class Recorder:
                 read = {number: owner for number, owner in enumerate(owners) if owner}
                 self.graphs.append(GeneratedGraph(calls, read))
         return compiled
+
+
+# Of every compiled model; not an attribute, since a copy of the model is not compiled.
+_RECORDERS: WeakKeyDictionary[nn.Module, Recorder] = WeakKeyDictionary()
+
+
+def recorded(model: nn.Module, compile: Callable[..., Any], lowering: Any) -> Recorder:
+    """The backend to compile ``model`` with, so that :func:`verify` knows its code."""
+    _RECORDERS[model] = recorder = Recorder(compile, lowering)
+    return recorder
 
 
 def _owners(example_inputs: Sequence[Any]) -> list[int]:
@@ -159,7 +162,7 @@ def verify(model: nn.Module, *args: Any, strict: bool = False, **kwargs: Any) ->
         CompileError: the model is not compiled, was never called and no call is known; or, if
             ``strict``, the contract is broken: the message names the weights and the reasons.
     """
-    recorder = model.__dict__.get("fp4_recorder")
+    recorder = _RECORDERS.get(model)
     if recorder is None:
         raise CompileError("the model is not compiled; call fp4compile.compile_model(model) first")
     if args or kwargs or not recorder.graphs:

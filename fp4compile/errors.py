@@ -59,6 +59,10 @@ class CompileError(Fp4CompileError):
     """The compiled model breaks the coverage contract, or Inductor cannot be used here."""
 
 
+class InterchangeError(Fp4CompileError):
+    """Another library's format cannot express what the model holds."""
+
+
 class EvaluationError(Fp4CompileError):
     """A measurement was asked for that has nothing to measure."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fp4compile.errors import RecipeError
+from fp4compile.errors import AlreadyQuantizedError, RecipeError
 from fp4compile.passes.swap_weights import fp4_weight
 from fp4compile.recipe import Recipe, as_recipe, unfolded
 from fp4compile.tensor import FP4Tensor
@@ -45,6 +45,7 @@ def quantize_graph(
 
     Raises:
         RecipeError: the graph has weights, and none of them is in the recipe.
+        AlreadyQuantizedError: the graph has FP4 weights.
     """
     recipe = _loaded(recipe)
     weights = dict(_weights(module, example_inputs))
@@ -88,6 +89,10 @@ def _weights(
     placeholders = module.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, example_inputs, strict=True):
         if isinstance(value, torch.nn.Parameter) and value.dim() == 2:
+            if isinstance(value, FP4Tensor):
+                raise AlreadyQuantizedError(
+                    "the model is quantized already; compile it without options['recipe']"
+                )
             name = ".".join(_ATTRIBUTE.findall(vars(node)["_dynamo_source"].name))
             found.append((name, (node, value)))
     return found

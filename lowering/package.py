@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._inductor import aoti_compile_and_package, aoti_load_package
-
-from fp4compile.lowering import inductor
 
 KEY = "fp4compile"
 
@@ -19,14 +18,14 @@ def compile_package(
     exported: torch.export.ExportedProgram, path: Path, about: dict[str, Any]
 ) -> str:
     """Write ``exported`` compiled to ``path``, with ``about`` in it; returns the generated code."""
-    codes: list[str] = []
-    with inductor.saved_code(codes.append):
-        aoti_compile_and_package(
-            exported,
-            package_path=str(path),
-            inductor_configs={"aot_inductor.metadata": {KEY: json.dumps(about)}},
-        )
-    return "\n".join(codes)
+    aoti_compile_and_package(
+        exported,
+        package_path=str(path),
+        inductor_configs={"aot_inductor.metadata": {KEY: json.dumps(about)}},
+    )
+    with zipfile.ZipFile(path) as file:
+        sources = [name for name in file.namelist() if name.endswith(".cpp")]
+        return "\n".join(file.read(name).decode() for name in sources)
 
 
 def load_package(path: Path) -> Callable[..., Any]:

@@ -156,6 +156,7 @@ def test_every_way_to_generate_gives_the_tokens_of_the_eager_model(eager, compil
     assert torch.equal(*outputs)
 
 
+@pytest.mark.slow  # a batch of one has graphs of its own
 def test_streaming(eager, compiled):
     prompt, stream = tokens(1, 5, seed=4), Stream()
     got = compiled.generate(prompt, max_new_tokens=4, do_sample=False, streamer=stream)
@@ -164,6 +165,7 @@ def test_streaming(eager, compiled):
     assert torch.equal(got, eager.generate(prompt, max_new_tokens=4, do_sample=False))
 
 
+@pytest.mark.slow
 def test_an_fp4_draft_assists_a_full_precision_model(compiled):
     target = tiny_llama(layers=1)
     prompt = tokens(1, 5, seed=4)

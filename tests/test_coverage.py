@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -37,6 +38,12 @@ def test_every_site_has_a_kernel(llama):
     epilogues = {site.name.split(".")[-2]: site.epilogues for site in coverage.sites}
     assert any({"mul", "silu"} <= set(names) for names in epilogues["up_proj"])
     assert "0 against the contract" in coverage.summary()
+
+
+def test_a_copy_is_not_compiled(llama):
+    copied = copy.deepcopy(llama)
+    with pytest.raises(CompileError, match="compile_model"):
+        fp4compile.verify(copied)
 
 
 def test_code_from_a_cache_says_the_same(llama):

@@ -21,7 +21,6 @@ from bench.families import (
     write_table,
 )
 from fp4compile.compile import compile_model
-from fp4compile.errors import CheckpointError
 
 # At w8a8 and random weights; what was measured is at most half.
 LARGEST_ERROR = 0.08
@@ -79,18 +78,8 @@ def quantized(family):
     return fp4compile.quantize(model, [family.batch(1)], method="minmax", progress=False)
 
 
-def test_experts_are_not_saved_in_transformers_layout(tmp_path):
-    model = quantized(FAMILIES["Mixtral"])
-    with pytest.raises(CheckpointError, match=r"stacks of experts.*recipe"):
-        model.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    other = quantized(FAMILIES["Mixtral"])
-    other.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert relative_error(other, model, FAMILIES["Mixtral"].batch(3)) == 0
-
-
-@pytest.mark.parametrize("name", ["GPT-2", "ViT"])
-def test_transposed_weights_and_patches_are_saved_and_loaded(name, tmp_path):
+@pytest.mark.parametrize("name", ["GPT-2", "ViT", "Mixtral"])
+def test_transposed_weights_patches_and_experts_are_saved_and_loaded(name, tmp_path):
     family = FAMILIES[name]
     model = quantized(family)
     model.save_pretrained(tmp_path)

@@ -114,6 +114,15 @@ def test_a_recipe_of_another_model_is_refused():
     assert isinstance(caught.value.inner_exception, RecipeError)
 
 
+def test_a_quantized_model_takes_no_recipe():
+    x = torch.randn(5, 32)
+    model = fp4compile.quantize(NormThenLinears(), [x], "w4a16", method="minmax", progress=False)
+    torch.compiler.reset()
+    options = {"recipe": model.fp4_report.recipe}
+    with pytest.raises(Exception, match="quantized already"):
+        torch.compile(model, backend="fp4compile", options=options)(x)
+
+
 def test_weights_that_a_graph_lacks_are_named(caplog):
     x = torch.randn(5, 32)
     full = NormThenLinears().eval()

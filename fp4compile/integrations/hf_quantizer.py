@@ -110,7 +110,10 @@ class FP4CompileQuantizer(HfQuantizer):
         config = FP4CompileConfig.of(model)
         model.config.quantization_config = self.quantization_config = config
         weights = fp4_parameters(model)
-        _check_no_stacks(weights)
+        if any(weight.dim() > 2 for weight in weights.values()):
+            # Stacks of experts are written as they are: to take them apart, transformers would cut
+            # their codes like plain weights. It reads either.
+            model._weight_conversions = []
         state = flattened(model.state_dict(), tied_aliases(weights, model.all_tied_weights_keys))
         logger.info(
             "saving %d FP4 weights, %.2f bits per parameter over the whole model",
@@ -159,17 +162,6 @@ class FP4CompileQuantizer(HfQuantizer):
                 made[id(weight)] = nn.Parameter(value, requires_grad=False)
             setattr(model.get_submodule(owner), attribute, made[id(weight)])
         return model
-
-
-def _check_no_stacks(weights: Mapping[str, FP4Tensor]) -> None:
-    stacks = [name for name, weight in weights.items() if weight.packed_weight.dim() == 3]
-    if stacks:
-        # Checkpoints hold every expert by itself; transformers takes stacks apart as plain tensors.
-        raise CheckpointError(
-            f"save_pretrained cannot write stacks of experts in FP4, as {stacks[0]} is; keep "
-            "model.fp4_report.recipe.save(path) and quantize(model, recipe=path) after loading, "
-            "or torch.save(model.state_dict(), path)"
-        )
 
 
 class _Restore(ConversionOps):

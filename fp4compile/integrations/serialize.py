@@ -7,7 +7,6 @@ goes into the config, once per group of weights that agree in it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -17,9 +16,6 @@ from fp4compile.errors import CheckpointError
 from fp4compile.formats import alternatives
 from fp4compile.packing import packed_size
 from fp4compile.tensor import FP4Tensor
-
-# What a group of weights does not store: K follows from the parameter's shape.
-DERIVED = ("reduction",)
 
 
 def fp4_parameters(model: nn.Module) -> dict[str, FP4Tensor]:
@@ -31,19 +27,23 @@ def fp4_parameters(model: nn.Module) -> dict[str, FP4Tensor]:
 def attribute_groups(weights: Mapping[str, FP4Tensor]) -> list[dict[str, Any]]:
     """The attributes of all weights: one dict per distinct set, with the names under "weights"."""
     groups: dict[tuple[Any, ...], list[str]] = {}
-    names = [name for name in FP4Tensor.ATTRIBUTES if name not in DERIVED]
     for name, weight in weights.items():
-        groups.setdefault(tuple(getattr(weight, part) for part in names), []).append(name)
+        values = tuple(getattr(weight, part) for part in FP4Tensor.ATTRIBUTES)
+        groups.setdefault(values, []).append(name)
     return [
-        {**dict(zip(names, values, strict=True)), "weights": members}
+        {**dict(zip(FP4Tensor.ATTRIBUTES, values, strict=True)), "weights": members}
         for values, members in groups.items()
     ]
 
 
 def attributes_by_name(groups: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The inverse of :func:`attribute_groups`."""
+    """The inverse of :func:`attribute_groups`, also after JSON, which has no tuples."""
     return {
-        name: {part: value for part, value in group.items() if part != "weights"}
+        name: {
+            part: tuple(value) if isinstance(value, list) else value
+            for part, value in group.items()
+            if part != "weights"
+        }
         for group in groups
         for name in group["weights"]
     }
@@ -91,34 +91,22 @@ def restored(
     Raises:
         CheckpointError: parts are missing, or do not have the shape that the model needs.
     """
-    patch = tuple(attributes.get("patch", ()))  # JSON has no tuples
-    *stack, rows, reduction = _rows_and_reduction(shape, attributes["transposed"], patch)
     needed = {"packed_weight", "weight_scale"} | (
         {"activation_scale"} if attributes["activation_format"] else set()
     )
     missing = sorted(needed - set(parts))
     if missing:
         raise CheckpointError(f"the checkpoint has no {', '.join(missing)} of the weight {name}")
-    bits = alternatives(attributes["weight_format"])[0].bits
-    expected = (*stack, rows, packed_size(reduction, bits))
-    found = tuple(parts["packed_weight"].shape)
-    if found != expected:
-        raise CheckpointError(
-            f"{name} is packed as {found} in the checkpoint, a weight of {tuple(shape)} in "
-            f"{attributes['weight_format']} needs {expected}; it belongs to another model"
-        )
     tensors: dict[str, Any] = dict(parts)
-    return FP4Tensor(**tensors, **{**attributes, "patch": patch}, reduction=reduction, dtype=dtype)
-
-
-def _rows_and_reduction(
-    shape: Sequence[int], transposed: bool, patch: tuple[int, ...]
-) -> tuple[int, ...]:
-    """``(N, K)`` of a parameter of ``shape``; ``(E, N, K)`` of a stack of experts."""
-    if patch:
-        return shape[0], prod(shape[1:])
-    *stack, first, last = shape
-    return (*stack, last, first) if transposed else (*stack, first, last)
+    patch = tuple(attributes.get("patch", ()))  # JSON has no tuples
+    weight = FP4Tensor(**tensors, **{**attributes, "patch": patch}, dtype=dtype)
+    if weight.shape != torch.Size(shape):
+        raise CheckpointError(
+            f"{name} has the shape {tuple(weight.shape)} in the checkpoint, {tuple(shape)} in the "
+            "model; the checkpoint belongs to another model"
+        )
+    _checked_bytes(name, weight)
+    return weight
 
 
 def bits_per_parameter(model: nn.Module) -> float:
@@ -139,10 +127,10 @@ def bits_per_parameter(model: nn.Module) -> float:
 
 def _checked_bytes(name: str, weight: FP4Tensor) -> int:
     bits = alternatives(weight.weight_format)[0].bits
-    codes = prod(weight.packed_weight.shape[:-1]) * packed_size(weight.reduction, bits)
+    codes = weight.packed_weight.shape[:-1].numel() * packed_size(weight.reduction, bits)
     if weight.packed_weight.nbytes != codes:
         raise CheckpointError(
             f"the codes of {name} take {weight.packed_weight.nbytes} bytes, {weight.weight_format} "
-            f"needs {codes}; the weight was changed after quantization, quantize the model again"
+            f"needs {codes}; it was changed after quantization, or the file is damaged"
         )
     return sum(getattr(weight, part).nbytes for part in weight.__tensor_flatten__()[0])

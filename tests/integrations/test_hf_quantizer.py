@@ -40,11 +40,30 @@ def tiny_gpt2() -> nn.Module:
     return model
 
 
+def tiny_mixtral() -> nn.Module:
+    """Experts that transformers stacks on loading and takes apart on saving."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        vocab_size=96,
+        pad_token_id=0,
+    )
+    return MixtralForCausalLM(config).eval()
+
+
 CASES = {
     "llama": (tiny_llama, "w4a4", {"method": "fpq"}),
     "llama-best": (tiny_llama, "w4a4", {"method": "best"}),
     "llama-partly": (tiny_llama, "w4a16", {"method": "minmax", "ignore": ["*.mlp.*"]}),
     "llama-six-bits": (tiny_llama, "w6a6", {"method": "minmax"}),
+    "mixtral": (tiny_mixtral, "w4a16", {"method": "minmax"}),
     "gpt2": (tiny_gpt2, "w4a8", {"method": "fpq"}),
 }
 

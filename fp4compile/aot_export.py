@@ -21,6 +21,8 @@ from fp4compile.tensor import FP4Tensor
 from fp4compile.trace import dynamic_shape
 
 MARKER = "// fp4compile {"
+# How generated C++ calls an op that was not compiled.
+OP_CALLS = ("aoti_torch_proxy_executor_call_function(", 'call_dispatcher("fp4::')
 KEY = "fp4compile"
 
 
@@ -44,8 +46,9 @@ def export(
             batch and sequence are dynamic.
 
     Returns:
-        ``path``. The program returns what the forward does; of a Hugging Face output its tensors,
-        by name, without a cache.
+        ``path``. The program takes the tensors of ``example_inputs``, positional or by keyword as
+        there; other arguments are fixed. It returns what the forward does; of a Hugging Face
+        output its tensors, by name, without a cache.
 
     Raises:
         CompileError: the model is not quantized or not on a CPU; a weight has no kernel here and
@@ -60,23 +63,28 @@ def export(
     lowering = load_lowerings()
     _refuse_references(weights, lowering)
     args, kwargs = _call(model, example_inputs)
-    if dynamic_shapes is None:
-        dynamic_shapes = pytree.tree_map(dynamic_shape, kwargs if kwargs else args)
+    fixed = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+    kwargs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
     shapes = {
-        "args": tuple(dynamic_shapes) if args else (),
-        "kwargs": dict.fromkeys(kwargs) | dict(dynamic_shapes if kwargs else {}),
+        "args": pytree.tree_map(dynamic_shape, args),
+        "kwargs": pytree.tree_map(dynamic_shape, kwargs),
     }
+    if isinstance(dynamic_shapes, Mapping):
+        shapes["kwargs"] |= dynamic_shapes
+    elif dynamic_shapes is not None:
+        shapes["args"] = tuple(dynamic_shapes)
+    shapes = {name: dims for name, dims in shapes.items() if dims}
     try:
         with torch.no_grad():
             exported = torch.export.export(
-                _Tensors(model), args, kwargs, dynamic_shapes=shapes, strict=False
+                _Tensors(model, fixed), args, kwargs, dynamic_shapes=shapes, strict=False
             )
     except Exception as error:  # torch.export raises a dozen types; all mean the same to a user
         raise CompileError(
             f"torch.export could not export {type(model).__name__}: {error}"
         ) from error
     code = lowering.package.compile_package(exported, path, {"cpu": cpu_features()})
-    if MARKER not in code or "fp4::" in code:
+    if MARKER not in code or any(call in code for call in OP_CALLS):
         path.unlink()
         raise CompileError(
             f"an fp4:: op was not compiled, so {path} would need fp4compile to run and was "
@@ -109,14 +117,16 @@ def cpu_features() -> list[str]:
 
 
 class _Tensors(nn.Module):
-    """``model`` with plain tensors as results: a ModelOutput needs transformers to be rebuilt."""
+    """``model`` with plain tensors as results (a ModelOutput needs transformers to be rebuilt), and
+    with the arguments that are no tensors fixed.
+    """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, fixed: Mapping[str, Any]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.fixed = model, dict(fixed)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.model(*args, **kwargs)
+        out = self.model(*args, **kwargs, **self.fixed)
         if isinstance(out, Mapping):
             return {name: value for name, value in out.items() if isinstance(value, Tensor)}
         return out
