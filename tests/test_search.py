@@ -26,7 +26,7 @@ from fp4compile.search.gptq import compensated
 from fp4compile.search.grid import clip_factors
 from fp4compile.search.problem import SearchOptions
 from fp4compile.search.sorted_errors import channel_errors
-from fp4compile.search.tokens import shrunk_moment, weighted_tokens
+from fp4compile.search.tokens import shrunk_moment, tail_index, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
 from fp4compile.weights import dequantized, for_activation
 
@@ -295,17 +295,29 @@ def test_unknown_names_list_the_known_ones():
         QuantSpec.preset("w3a3")
 
 
-def test_clipping_of_unseen_tokens_is_the_mean_over_their_power_law():
+@pytest.mark.parametrize("index", [3.0, 4.0, 9.0])
+def test_clipping_of_unseen_tokens_is_the_mean_over_their_power_law(index):
     tokens = weighted_tokens(problem(QuantSpec.preset("w4a4"), tokens=64, channels=3))
-    ratios = torch.tensor([0.0, 0.3, 0.9, 1.0, 1.5, 3.0])[:, None]
-    # Quantiles of the law whose tail is h^-4 beyond 1.
-    h = (1 - (torch.arange(2_000_000, dtype=torch.float64) + 0.5) / 2_000_000) ** -0.25
+    tokens = replace(tokens, tail_index=index)
+    ratios = torch.tensor([0.0, 0.3, 0.9, 1.0, 1.5, 2.0])[:, None]
+    # Quantiles of the law whose tail is h^-index beyond 1.
+    h = (1 - (torch.arange(2_000_000, dtype=torch.float64) + 0.5) / 2_000_000) ** (-1 / index)
     expected = torch.stack([(h - r).clamp_min(0).square().mean() for r in ratios.double()])
     found = tokens.clipping_errors(ratios * tokens.absmax)
     unit = tokens.tail_weight * tokens.absmax.square()
     torch.testing.assert_close(
-        found / unit, expected[:, None].float().expand(-1, 3), rtol=0.03, atol=1e-4
+        found / unit, expected[:, None].float().expand(-1, 3), rtol=0.05, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("index", [3.0, 4.0, 6.0])
+def test_the_tail_index_is_that_of_the_power_law_the_tokens_follow(index):
+    uniform = torch.rand(8192, 64, generator=torch.Generator().manual_seed(0))
+    assert tail_index(uniform ** (-1 / index)) == pytest.approx(index, rel=0.15)
+    assert tail_index(8 * uniform ** (-1 / index)) == tail_index(uniform ** (-1 / index))
+    assert tail_index(torch.zeros(10, 4)) == tail_index(torch.ones(10, 4)) == 16.0
+    # Values that end somewhere have no heavy tail.
+    assert tail_index(uniform) == 16.0
 
 
 @pytest.mark.parametrize("bits", [6, 8])

@@ -18,6 +18,10 @@ from fp4compile.search.sorted_errors import channel_errors
 HELD_OUT_STRIDE = 8
 HELD_OUT_MINIMUM = 512
 TINY = 1e-30
+SPANS = 64
+TOP_SPANS = 8
+# At 2 the expected error is infinite; a law that ends sooner than 16 hardly exceeds the maximum.
+SMALLEST_INDEX, LARGEST_INDEX = 3.0, 16.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +31,8 @@ class Tokens:
     have mean 1.
 
     ``absmax`` ``[K]`` is over all tokens of the calibration, of which ``x`` may be a sample;
-    ``tail_weight`` ``[K]`` is how much more tokens of such a maximum would count. ``shrinkage`` of
-    the moment: see :func:`shrunk_moment`.
+    ``tail_weight`` ``[K]`` is how much more tokens of such a maximum would count; how far they may
+    lie beyond it, says :func:`tail_index`. ``shrinkage`` of the moment: :func:`shrunk_moment`.
     """
 
     x: Tensor
@@ -36,6 +40,7 @@ class Tokens:
     moment_weight: Tensor
     absmax: Tensor
     tail_weight: Tensor
+    tail_index: float
     shrinkage: float
     _tables: dict[Any, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
@@ -58,13 +63,15 @@ class Tokens:
         tokens that calibration did not see.
 
         Of as many again, one lies beyond ``absmax``; how far follows a power law, further than h
-        times that with probability ``h^-4``. So its mean squared error is ``absmax^2`` times
-        ``r^-2 / 3``, or ``2 - 8 r / 3 + r^2`` where ``r = maximum / absmax`` is below 1.
+        times that with probability ``h^-a``, a being ``tail_index``. So its mean squared error is
+        ``absmax^2`` times ``2 r^(2 - a) / ((a - 1) (a - 2))``, or ``a / (a - 2) - 2 r a / (a - 1) +
+        r^2`` where ``r = maximum / absmax`` is below 1.
         """
+        a = self.tail_index
         ratio = maxima / self.absmax.clamp_min(TINY)
-        beyond = ratio.clamp_min(1).square().reciprocal() / 3
-        within = torch.where(ratio < 1, (1 - ratio) * (5 / 3 - ratio), 0.0)
-        return self.tail_weight * self.absmax.square() * (beyond + within)
+        beyond = 2 / ((a - 1) * (a - 2)) * ratio.clamp_min(1) ** (2 - a)
+        within = a / (a - 2) - 2 * a / (a - 1) * ratio + ratio.square()
+        return self.tail_weight * self.absmax.square() * torch.where(ratio < 1, within, beyond)
 
     def thinned(self, size: int) -> Tokens:
         """About ``size`` of them, evenly spaced."""
@@ -73,7 +80,7 @@ class Tokens:
 
     def __getitem__(self, tokens: slice | Tensor) -> Tokens:
         some = self.x[tokens], self.weight[tokens], self.moment_weight[tokens]
-        return Tokens(*some, self.absmax, self.tail_weight, self.shrinkage)
+        return Tokens(*some, self.absmax, self.tail_weight, self.tail_index, self.shrinkage)
 
     def scaled(self, x: Tensor) -> Tensor:
         """``x`` with rows times the root of their weight, for sums of weighted squares."""
@@ -90,6 +97,19 @@ class Tokens:
     def for_moments(self, x: Tensor) -> Tensor:
         """``x`` with rows times the root of their weight in moments."""
         return x * self.moment_weight.sqrt()[:, None]
+
+
+def tail_index(x: Tensor) -> float:
+    """The exponent of the power law by which channels of ``x`` ``[T, K]`` exceed their largest
+    values: Hill's estimate (1975) from the maxima of spans of tokens, one for all channels.
+    """
+    maxima = torch.stack([span.abs().amax(dim=0) for span in x.tensor_split(min(SPANS, len(x)))])
+    largest = maxima.sort(dim=0, descending=True).values[: TOP_SPANS + 1]
+    largest = largest[:, largest[-1] > 0]
+    if not largest.numel():
+        return LARGEST_INDEX
+    inverse = float((largest[:-1] / largest[-1]).log().mean())
+    return 1 / min(max(inverse, 1 / LARGEST_INDEX), 1 / SMALLEST_INDEX)
 
 
 def shrunk_moment(x: Tensor, shrinkage: float) -> Tensor:
@@ -134,6 +154,7 @@ def weighted_tokens(problem: GroupProblem) -> Tokens:
         in_moments / in_moments.mean(),
         absmax,
         tail / mean,
+        tail_index(x),
         options.moment_shrinkage,
     )
 
