@@ -22,7 +22,7 @@ demo: $(STAMP) ## quantize SmolLM2-135M to FP4, compile it, compare (ARGS="--pre
 	$(BIN) -m fp4compile demo $(ARGS)
 
 test: $(STAMP) ## run the test-suite (ARGS="-m 'not slow'")
-	$(BIN) -m pytest $(ARGS)
+	$(BIN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff, formatting and mypy
 	$(BIN) -m ruff check .

@@ -43,4 +43,4 @@ with torch.no_grad():
 same = int((got.argmax(-1) == expected.argmax(-1)).sum())
 error = (got - expected).square().mean() / expected.square().mean()
 print(f"same class for {same} of {len(files)} images, relative error of the logits {error:.4f}")
-print(model.fp4_report.summary())  # the patch embedding is a convolution: it stays as it is
+print(model.fp4_report.summary())
