@@ -20,6 +20,7 @@ from bench import roofline as paper
 from bench import sts as sts_bench
 from bench.compare import DEFAULT_NOISE
 from bench.compare import compare as compare_files
+from bench.configurations import CONFIGURATIONS
 from bench.machine import measure_machine
 from bench.peers import MODELS, PEERS
 from fp4compile.lowering.gpus import GPUS, gpu_by_name
@@ -64,9 +65,7 @@ def gemm(
         )
         if device != "cpu" and result.name == "fp4 w4a4":
             typer.echo(_computed(result.M, result.N, result.K))
-        if json_path is not None:
-            with json_path.open("a") as lines:
-                lines.write(json.dumps(result.to_json()) + "\n")
+        _append(json_path, result.to_json())
 
 
 def _computed(M: int, N: int, K: int) -> str:
@@ -104,10 +103,9 @@ def model(
     json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
 ) -> None:
     """A whole model at batch 1: prefill and decode, compile time cold and warm, peak memory."""
-    _check(name, MODELS, "models")
-    for candidate in only or ():
-        _check(candidate, PEERS, "candidates")
-    for result in model_bench.run(only or list(PEERS), name, threads, prompt, new, repetitions):
+    (name,) = _known([name], MODELS)
+    names = _known(only, PEERS)
+    for result in model_bench.run(names, name, threads, prompt, new, repetitions):
         if isinstance(result, model_bench.Skipped):
             typer.echo(f"{result.name:<22}skipped: {result.reason}")
             continue
@@ -118,18 +116,11 @@ def model(
             f"first call {result.compile_cold:.0f} s{warm}  "
             f"peak {result.peak_bytes / 2**30:.2f} GiB"
         )
-        if json_path is not None:
-            with json_path.open("a") as lines:
-                lines.write(json.dumps(result.to_json()) + "\n")
+        _append(json_path, result.to_json())
 
 
 def _spread(spread: tuple[float, float, float]) -> str:
     return "{:.0f} ({:.0f} to {:.0f})".format(*spread)
-
-
-def _check(name: str, known: Iterable[str], what: str) -> None:
-    if name not in known:
-        raise typer.BadParameter(f"{name!r} is none of the {what}; there are {list(known)}")
 
 
 @app.command()
@@ -144,19 +135,14 @@ def accuracy(
     json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
 ) -> None:
     """SmolLM2-135M quantized in many ways: perplexity, layer errors, time and peak memory."""
-    known = list(accuracy_bench.CONFIGURATIONS)
-    unknown = [name for name in only or () if name not in known]
-    if unknown:
-        raise typer.BadParameter(f"{unknown} are no configurations; there are {known}")
-    for result in accuracy_bench.run(only or known, threads, tokens):
+    names = _known(only, accuracy_bench.CONFIGURATIONS)
+    for result in accuracy_bench.run(names, threads, tokens):
         errors = ", ".join(f"{kind} {error:.4f}" for kind, error in result.layer_errors.items())
         typer.echo(
             f"{result.name:<42}{result.perplexity:9.2f}  {result.bits_per_weight:5.2f} bits"
             f"{result.seconds:7.0f} s  peak {result.peak_bytes / 2**30:.2f} GiB  {errors}"
         )
-        if json_path is not None:
-            with json_path.open("a") as lines:
-                lines.write(json.dumps(asdict(result)) + "\n")
+        _append(json_path, asdict(result))
 
 
 @app.command()
@@ -169,12 +155,12 @@ def sts(
     json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
 ) -> None:
     """MiniLM quantized in many ways: Spearman correlation with human scores of similarity."""
-    for result in sts_bench.run(_known(only, sts_bench.CONFIGURATIONS), data, threads):
+    for result in sts_bench.run(_known(only, CONFIGURATIONS), data, threads):
         typer.echo(
             f"{result.name:<20}{result.spearman:8.4f}  {result.bits_per_weight:5.2f} bits"
             f"{result.seconds:7.0f} s"
         )
-        _append(json_path, result)
+        _append(json_path, asdict(result))
 
 
 @app.command()
@@ -186,12 +172,12 @@ def digits(
     json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
 ) -> None:
     """A vision transformer trained here on scikit-learn's digits, quantized: top-1 accuracy."""
-    for result in digits_bench.run(_known(only, digits_bench.CONFIGURATIONS), threads):
+    for result in digits_bench.run(_known(only, CONFIGURATIONS), threads):
         typer.echo(
             f"{result.name:<20}{result.accuracy:7.2f} %  {result.bits_per_weight:5.2f} bits"
             f"{result.seconds:7.0f} s"
         )
-        _append(json_path, result)
+        _append(json_path, asdict(result))
 
 
 @app.command()
@@ -220,12 +206,13 @@ def _known(only: list[str] | None, names: Iterable[str]) -> list[str]:
     return only or known
 
 
-def _append(path: Path | None, result: Any) -> None:
+def _append(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         with path.open("a") as lines:
-            lines.write(json.dumps(asdict(result)) + "\n")
+            lines.write(json.dumps(result) + "\n")
 
 
+@app.command()
 def machine(
     threads: Annotated[int, typer.Option(help="Threads.")] = torch.get_num_threads(),
     json_path: Annotated[Path | None, typer.Option("--json", help="Append a JSON line.")] = None,
@@ -237,9 +224,7 @@ def machine(
     typer.echo(f"reads {found.read_bandwidth.median / 1e9:.1f} GB/s")
     for name, rate in found.peaks.items():
         typer.echo(f"GEMM in {name:<9}{rate.median / 1e9:9.1f} GOPS")
-    if json_path is not None:
-        with json_path.open("a") as lines:
-            lines.write(json.dumps(found.to_json()) + "\n")
+    _append(json_path, found.to_json())
 
 
 @app.command()

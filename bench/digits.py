@@ -12,16 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import fp4compile
+from bench.configurations import CONFIGURATIONS
 from fp4compile.errors import MissingDependencyError
 
-CONFIGURATIONS: dict[str, tuple[str, str] | None] = {
-    "full precision": None,
-    **{
-        f"{spec} {method}": (spec, method)
-        for spec in ("w4a4", "w4a8", "w6a6", "w8a8")
-        for method in ("minmax", "fpq", "best")
-    },
-}
 EPOCHS, BATCH, LEARNING_RATE = 40, 64, 2e-3
 # One image in so many is not trained on but tested.
 TEST_STRIDE = 4

@@ -17,17 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fp4compile
+from bench.configurations import CONFIGURATIONS
 from fp4compile.batches import bundled
 from fp4compile.errors import MissingDependencyError
 
-CONFIGURATIONS: dict[str, tuple[str, str] | None] = {
-    "full precision": None,
-    **{
-        f"{spec} {method}": (spec, method)
-        for spec in ("w4a4", "w4a8", "w6a6", "w8a8")
-        for method in ("minmax", "fpq", "best")
-    },
-}
 BATCH = 32
 SENTENCES = 256
 

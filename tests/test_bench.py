@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import VOCABULARY, tiny_llama
+from typer.testing import CliRunner
 
 from bench import accuracy, gemm, model, peers
+from bench.__main__ import app
 from bench.timing import interleave
 from fp4compile.search import METHODS
 
@@ -68,3 +70,12 @@ def test_a_whole_model_is_measured_and_an_absent_peer_is_skipped(monkeypatch):
 def test_every_configuration_is_one_that_quantize_takes():
     for configuration in accuracy.CONFIGURATIONS.values():
         assert configuration.method in (None, *METHODS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["accuracy", "compare", "digits", "families", "gemm", "machine", "model", "roofline", "sts"],
+)
+def test_every_benchmark_is_a_command(name):
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0, result.output
