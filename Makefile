@@ -33,7 +33,7 @@ bench: $(STAMP) ## run the benchmarks (ARGS="--help")
 	$(BIN) -m bench $(ARGS)
 
 docs: $(STAMP) ## build the documentation in site/
-	$(BIN) -m pip install -q 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0'
+	$(BIN) -m pip install -q $(PACKAGE)'[docs]'
 	$(BIN) -m mkdocs build --strict
 
 clean: ## remove caches and builds; keeps .venv

@@ -138,7 +138,7 @@ def _site_report(rewrite: Rewrite, site: Site, producer: str | None) -> SiteRepo
         shift_folded_into=producer,
         error=decision.error,
         minmax_error=decision.minmax_error,
-        bytes=sum(getattr(tensor, part).nbytes for part in tensor.__tensor_flatten__()[0]),
+        bytes=tensor.stored_bytes,
         bias=bias_node(site.linears[0]) is not None if site.linears else None,
         unreached_experts=decision.unreached,
     )

@@ -147,6 +147,11 @@ class FP4Tensor(PackedWeight):
         self.transposed = transposed
         self.patch = patch
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes, scales and shifts."""
+        return sum(getattr(self, name).nbytes for name in self.__tensor_flatten__()[0])
+
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         present = [name for name in self.TENSORS if getattr(self, name) is not None]
         return present, self._attributes()

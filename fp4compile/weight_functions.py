@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fp4compile.errors import UnsupportedOperationError
 from fp4compile.fused_attention import encoder_layer, native_attention
 from fp4compile.weight_uses import (
+    CONVOLUTIONS,
     convolution_reason,
     einsum_transposed,
     is_grouped,
@@ -26,7 +27,10 @@ aten = torch.ops.aten
 
 
 class PackedWeight(torch.Tensor):
-    """What the functions here take in place of a weight; ``FP4Tensor`` is the one there is."""
+    """What the functions here take in place of a weight; ``FP4Tensor`` is the one there is.
+
+    Abstract, without saying so: a tensor's metaclass does not mix with that of ``abc``.
+    """
 
     transposed: bool
     patch: tuple[int, ...]
@@ -198,15 +202,8 @@ _OPERATORS: dict[Any, Callable[..., Tensor]] = {
     aten.bmm.default: _bmm,
     aten.einsum.default: _einsum,
     aten.embedding.default: lambda weight, indices, *_rest: weight.lookup(indices),
-    **dict.fromkeys(
-        (
-            aten.conv1d.default, aten.conv1d.padding,
-            aten.conv2d.default, aten.conv2d.padding,
-            aten.conv3d.default, aten.conv3d.padding,
-        ),
-        _convolution,
-    ),
-}  # fmt: skip
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+}
 
 
 def by_operator(func: Any) -> Callable[..., Tensor] | None:

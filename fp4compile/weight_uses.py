@@ -149,6 +149,11 @@ def einsum_transposed(equation: str) -> bool | None:
     return None
 
 
+CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv1d.padding,
+    aten.conv2d.default, aten.conv2d.padding,
+    aten.conv3d.default, aten.conv3d.padding,
+)  # fmt: skip
 # By name: one of them exists only once transformers was imported.
 GROUPED_OPS = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
 _OPS: dict[Any, Callable[[fx.Node, fx.Node], WeightUse | str]] = {
@@ -157,15 +162,8 @@ _OPS: dict[Any, Callable[[fx.Node, fx.Node], WeightUse | str]] = {
     aten.matmul.default: _Matrix(0, 1, True),
     aten.mm.default: _Matrix(0, 1, True),
     aten.einsum.default: _einsum,
-    **dict.fromkeys(
-        (
-            aten.conv1d.default, aten.conv1d.padding,
-            aten.conv2d.default, aten.conv2d.padding,
-            aten.conv3d.default, aten.conv3d.padding,
-        ),
-        _convolution,
-    ),
-}  # fmt: skip
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+}
 
 
 def weight_use(node: fx.Node, weight: fx.Node) -> WeightUse | str:

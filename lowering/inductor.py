@@ -127,10 +127,10 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Inductor on a Dynamo graph, ``mode`` and ``options`` as those of ``torch.compile``."""
     slot = "post_grad_custom_pre_pass"
-    compile_fx = torch._TorchCompileInductorWrapper(mode, options, dynamic=None)
-    if slot in compile_fx.config:
-        compile_fx.config[slot] = _with_source_hash(compile_fx.config[slot], settings)
-    compiled: Callable[..., Any] = compile_fx(module, example_inputs)
+    wrapper = torch._TorchCompileInductorWrapper(mode, options, dynamic=None)
+    if slot in wrapper.config:
+        wrapper.config[slot] = _with_source_hash(wrapper.config[slot], settings)
+    compiled: Callable[..., Any] = wrapper(module, example_inputs)
     return compiled
 
 

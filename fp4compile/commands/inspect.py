@@ -109,7 +109,6 @@ def _stored_rows(model: Any, errors: Mapping[str, float]) -> list[SiteRow]:
     rows = []
     for name, weight in model.named_parameters():
         if isinstance(weight, FP4Tensor):
-            stored = sum(getattr(weight, part).nbytes for part in weight.__tensor_flatten__()[0])
             rows.append(
                 SiteRow(
                     name,
@@ -117,7 +116,7 @@ def _stored_rows(model: Any, errors: Mapping[str, float]) -> list[SiteRow]:
                     weight.weight_format,
                     weight.activation_format or UNKNOWN,
                     weight.granularity if weight.activation_format else UNKNOWN,
-                    8 * stored / weight.numel(),
+                    8 * weight.stored_bytes / weight.numel(),
                     errors.get(name),
                 )
             )

@@ -98,8 +98,7 @@ def restored(
     if missing:
         raise CheckpointError(f"the checkpoint has no {', '.join(missing)} of the weight {name}")
     tensors: dict[str, Any] = dict(parts)
-    patch = tuple(attributes.get("patch", ()))  # JSON has no tuples
-    weight = FP4Tensor(**tensors, **{**attributes, "patch": patch}, dtype=dtype)
+    weight = FP4Tensor(**tensors, **attributes, dtype=dtype)
     if weight.shape != torch.Size(shape):
         raise CheckpointError(
             f"{name} has the shape {tuple(weight.shape)} in the checkpoint, {tuple(shape)} in the "
@@ -133,4 +132,4 @@ def _checked_bytes(name: str, weight: FP4Tensor) -> int:
             f"the codes of {name} take {weight.packed_weight.nbytes} bytes, {weight.weight_format} "
             f"needs {codes}; it was changed after quantization, or the file is damaged"
         )
-    return sum(getattr(weight, part).nbytes for part in weight.__tensor_flatten__()[0])
+    return weight.stored_bytes

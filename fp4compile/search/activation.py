@@ -164,12 +164,7 @@ def _static_candidates(
     formats = spec.candidates
     largest = {fmt.name: _largest_shift(fmt) for fmt in formats}
     steps = STEPS_PER_OCTAVE[spec.bits]
-    headroom = OCTAVES_ABOVE[spec.bits]
-    factors = clip_factors(
-        steps, OCTAVES_BELOW + max(largest.values()), 1 + round(headroom * steps)
-    )
-    absmax = tokens.absmax
-    maxima = absmax.amax() * factors
+    maxima = _maxima(tokens, spec, OCTAVES_BELOW + max(largest.values()))
     kept = []
     for fmt, table in zip(
         formats, tokens.error_tables(maxima, formats, TABLE_TOKENS[spec.bits]), strict=True
@@ -178,7 +173,7 @@ def _static_candidates(
         for position, maximum in enumerate(maxima):
             # Row t: the errors of every channel if it is shifted by t.
             rows = list(range(position, -1, -steps)[: largest[fmt.name] + 1])
-            ratio = absmax / maximum if options.shift_choice == "maximum" else None
+            ratio = tokens.absmax / maximum if options.shift_choice == "maximum" else None
             error, shift = _best_shifts(table[rows], objective, ratio)
             scale = scale_for_max(maximum, fmt)
             found.append((error, ActivationQParams(fmt.name, "tensor", scale, shift)))
@@ -192,9 +187,7 @@ def _unshifted_candidates(
 ) -> list[tuple[float, ActivationQParams]]:
     """As :func:`_static_candidates`, without a table: all channels have one maximum."""
     few = tokens.thinned(RANKING_TOKENS)
-    steps = STEPS_PER_OCTAVE[spec.bits]
-    above = 1 + round(OCTAVES_ABOVE[spec.bits] * steps)
-    maxima = tokens.absmax.amax() * clip_factors(steps, OCTAVES_BELOW, above)
+    maxima = _maxima(tokens, spec, OCTAVES_BELOW)
     kept = []
     for fmt in spec.candidates:
         candidates = [
@@ -204,6 +197,13 @@ def _unshifted_candidates(
         found.sort(key=lambda pair: pair[0])
         kept += found[:EXACT_CANDIDATES]
     return kept
+
+
+def _maxima(tokens: Tokens, spec: TensorSpec, octaves_below: float) -> Tensor:
+    """Candidate clipping maxima of the tensor, descending."""
+    steps = STEPS_PER_OCTAVE[spec.bits]
+    above = 1 + OCTAVES_ABOVE[spec.bits] * steps
+    return tokens.absmax.amax() * clip_factors(steps, octaves_below, above)
 
 
 def _largest_shift(fmt: FloatFormat) -> int:

@@ -141,7 +141,7 @@ def all_output_errors(
             for index, (_, part) in enumerate(of_decisions):
                 quantized = dequantized(for_activation(rows, decisions[index][1]), part)
                 errors[index] += float((seen[index] @ quantized.t()).sub_(y).square_().sum())
-                errors[index] += float((quantized.square() * unseen[index]).sum())
+                errors[index] += float(unseen[index] @ quantized.square().sum(dim=0))
         for index, error in enumerate(errors):
             found[index][name] = error / max(power, TINY)
     return found
