@@ -122,14 +122,15 @@ def _hugging_face(model_class: str, model_type: str, **sizes: Any) -> Callable[[
     def build() -> nn.Module:
         import transformers
 
-        transformers.logging.set_verbosity_error()
-        config = transformers.AutoConfig.for_model(model_type, **sizes)
-        found = getattr(transformers, model_class)
-        model: nn.Module = (
-            found._from_config(config)
-            if hasattr(found, "_from_config")
-            else (found.from_config(config))
-        )
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # tiny sizes provoke advice
+        try:
+            config = transformers.AutoConfig.for_model(model_type, **sizes)
+            found = getattr(transformers, model_class)
+            make = getattr(found, "_from_config", None) or found.from_config
+            model: nn.Module = make(config)
+        finally:
+            transformers.logging.set_verbosity(verbosity)
         return model
 
     return build
