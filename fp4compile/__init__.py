@@ -1,5 +1,7 @@
 """fp4compile: trained transformers to fast 4-bit floating-point ones, without training."""
 
+from typing import TYPE_CHECKING, Any
+
 from fp4compile.aot_export import export, load_exported
 from fp4compile.api import quantize, quantize_and_compile
 from fp4compile.compile import compile_model, load_lowerings, run_as_programs
@@ -13,11 +15,15 @@ from fp4compile.recipe import Recipe
 from fp4compile.report import Report
 from fp4compile.search import SearchOptions
 
+if TYPE_CHECKING:
+    from fp4compile.integrations.cache import QuantizedCache
+
 __version__ = "0.1.0"
 __all__ = [
     "Coverage",
     "Fp4CompileError",
     "QuantSpec",
+    "QuantizedCache",
     "Recipe",
     "Report",
     "SearchOptions",
@@ -35,3 +41,12 @@ __all__ = [
 ]
 
 install_hooks()
+
+
+def __getattr__(name: str) -> Any:
+    # It is a class of transformers', whose import takes seconds.
+    if name == "QuantizedCache":
+        from fp4compile.integrations.cache import QuantizedCache
+
+        return QuantizedCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,7 +22,7 @@ from fp4compile.page import check_writable, write_page
 from fp4compile.passes import PASSES
 from fp4compile.passes.plan import Rewrite, commit
 from fp4compile.pipeline import decide
-from fp4compile.qparams import QuantSpec
+from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.recipe import Recipe, as_recipe
 from fp4compile.report import Report, make_report
 from fp4compile.search import SearchOptions, by_method
@@ -51,6 +51,7 @@ def quantize(
     calibration_dir: str | Path | None = None,
     process_group: Any = None,
     report: str | Path | None = None,
+    attention: bool | TensorSpec = False,
 ) -> nn.Module:
     """Quantize ``model`` in place to FP4 weights and activations, without training.
 
@@ -84,6 +85,9 @@ def quantize(
             arguments; None: all, where torch.distributed is initialised.
         report: an .html file to write the report to: one self-contained page with what was
             decided, why, and where the error is.
+        attention: quantize the operands of attention's products too (queries, keys,
+            probabilities, values), at the bits of activations or by a spec of their own; for models
+            of transformers.
 
     Returns:
         ``model`` itself, in eval mode, its parameters frozen. ``model.fp4_report`` tells what
@@ -125,13 +129,17 @@ def quantize(
             )
         else:
             decided = as_recipe(recipe).decisions(graph)
+        products = integrations.decide_products(
+            model, batches, spec, method, attention, from_recipe=recipe is not None
+        )
         rewrite = Rewrite(model, graph, decided)
         for rewrite_pass in PASSES:
             rewrite = rewrite_pass(rewrite)
-    made: Report = make_report(rewrite, spec, method, time.monotonic() - started)
+    made: Report = make_report(rewrite, spec, method, time.monotonic() - started, products)
     if report is not None:
         write_page(made, report)  # before the model changes: it may fail
     commit(rewrite)
+    integrations.attach_attention(model, products)
     model.fp4_report = replace(made, example=example)  # type: ignore[assignment]  # a plain attribute, not a parameter
     integrations.attach(model)
     logger.info("%s", made.summary())

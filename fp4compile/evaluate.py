@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -17,6 +17,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm import tqdm
 
 from fp4compile.errors import EvaluationError
+
+
+# Tokens that a key-value cache sees first: a quantized one decides the scales of keys by them.
+PROMPT = 64
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ def perplexity(
     window: int = 512,
     max_tokens: int | None = None,
     progress: bool = False,
+    new_cache: Callable[[], Any] | None = None,
 ) -> PerplexityResult:
     """Perplexity of a causal language model on one long text.
 
@@ -46,6 +51,8 @@ def perplexity(
     Args:
         token_ids: the tokens of the text, of shape ``[T]`` or ``[1, T]``.
         max_tokens: score at most so many tokens, in whole windows; None scores all.
+        new_cache: makes a key-value cache of transformers for each window, which is then read in
+            two calls: the first :data:`PROMPT` tokens, and the rest.
 
     Raises:
         EvaluationError: there is not one whole window to score.
@@ -56,7 +63,7 @@ def perplexity(
     device = next(model.parameters()).device
     nll = 0.0
     for ids in tqdm(windows, desc="perplexity", unit="window", disable=not progress):
-        nll += _window_nll(model, ids[None].to(device))
+        nll += _window_nll(model, ids[None].to(device), new_cache)
     tokens = count * (window - 1)
     return PerplexityResult(_exp(nll / tokens), tokens, nll)
 
@@ -75,10 +82,22 @@ def _window_count(tokens: int, window: int, max_tokens: int | None) -> int:
     return count
 
 
-def _window_nll(model: nn.Module, ids: Tensor) -> float:
-    output = model(ids)
-    logits = output if isinstance(output, Tensor) else output.logits
+def _window_nll(
+    model: nn.Module, ids: Tensor, new_cache: Callable[[], Any] | None = None
+) -> float:
+    if new_cache is None:
+        logits = _logits(model(ids))
+    else:
+        cache = new_cache()
+        parts = (ids[:, :PROMPT], ids[:, PROMPT:])
+        logits = torch.cat(
+            [_logits(model(part, past_key_values=cache)) for part in parts if part.numel()], dim=1
+        )
     return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
+
+
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits  # type: ignore[no-any-return]  # transformers' results
 
 
 def _exp(mean_nll: float) -> float:

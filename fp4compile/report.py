@@ -8,6 +8,7 @@ from math import prod
 from statistics import median
 from typing import Any
 
+from fp4compile.attention_products import AttentionDecision
 from fp4compile.batches import Batch
 from fp4compile.kernels import KernelChoice
 from fp4compile.passes.plan import Rewrite
@@ -41,11 +42,23 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class AttentionReport:
+    """One attention whose products run on rounded operands: its module, the format of every
+    operand, and the relative error of its output, beside that of min-max.
+    """
+
+    name: str
+    formats: Mapping[str, str]
+    error: float
+    minmax_error: float
+
+
+@dataclass(frozen=True)
 class Report:
     """``model`` is the model's class. ``sites`` that are FP4 now; ``skipped`` parameters of two or
     more dimensions, each with its reason; ``recipe`` repeats the run; ``kernels`` (after compiling)
     names the kernel of every site that is multiplied with; ``example``: the call that the model was
-    traced with.
+    traced with; ``attention``: whose products are quantized too.
     """
 
     model: str
@@ -57,6 +70,7 @@ class Report:
     recipe: Recipe
     kernels: Mapping[str, KernelChoice] = field(default_factory=dict)
     example: Batch | None = field(default=None, repr=False)
+    attention: tuple[AttentionReport, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -75,6 +89,12 @@ class Report:
         ]
         if errors:
             lines[0] += f", median relative output error {median(errors):.4f}"
+        if self.attention:
+            worst = max(self.attention, key=lambda product: product.error)
+            lines.append(
+                f"products of {len(self.attention)} attentions quantized, largest relative output "
+                f"error {worst.error:.4f} ({worst.name})"
+            )
         lines += [
             f"{site.name}: calibration brought experts {_some(site.unreached_experts)} no token; "
             "they were quantized by their weights alone"
@@ -93,6 +113,7 @@ class Report:
             "seconds": self.seconds,
             "bits_per_weight": self.bits_per_weight,
             "sites": [asdict(site) for site in self.sites],
+            "attention": [asdict(product) for product in self.attention],
             "skipped": dict(self.skipped),
             "kernels": {name: asdict(choice) for name, choice in self.kernels.items()},
         }
@@ -103,7 +124,13 @@ def _some(numbers: tuple[int, ...]) -> str:
     return shown if len(numbers) <= 8 else f"{shown} and {len(numbers) - 8} more"
 
 
-def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) -> Report:
+def make_report(
+    rewrite: Rewrite,
+    spec: QuantSpec,
+    method: str,
+    seconds: float,
+    attention: Mapping[str, AttentionDecision],
+) -> Report:
     """The report of a finished rewrite."""
     producer = {site: name for name, sites in rewrite.folded.items() for site in sites}
     sites = tuple(
@@ -118,7 +145,19 @@ def make_report(rewrite: Rewrite, spec: QuantSpec, method: str, seconds: float) 
     }
     skipped = {**rewrite.graph.skipped, **undecided}
     recipe = Recipe(rewrite.qparams, skipped)
-    report = Report(type(rewrite.model).__name__, spec, method, sites, skipped, seconds, recipe)
+    products = tuple(
+        AttentionReport(
+            name,
+            {operand: qparams.format for operand, qparams in made.operands.items()},
+            made.error,
+            made.minmax_error,
+        )
+        for name, made in attention.items()
+    )
+    name = type(rewrite.model).__name__
+    report = Report(
+        name, spec, method, sites, skipped, seconds, recipe, attention=products
+    )
     return replace(report, recipe=replace(recipe, report=report.to_dict()))
 
 

@@ -98,6 +98,21 @@ def test_eval_of_the_quantized_model(
     assert f"{result['perplexity']:.2f}" in capsys.readouterr().out
 
 
+def test_a_cache_of_codes_changes_what_is_scored_and_said(
+    command: Command, plain: Path, text: Path, capsys: Any
+) -> None:
+    scores = []
+    for bits in ((), ("--cache-bits", 8), ("--cache-bits", 4)):
+        options = ("--data", text, "--window", 96, "--tokens", 95, *bits, "--json", "-")
+        assert command("eval", plain, *options) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["cache_bits"] == (bits[1] if bits else None)
+        scores.append(result["nll"])
+        assert command("generate", plain, "FP4", "--new-tokens", 6, *bits, "--json", "-") == 0
+        assert json.loads(capsys.readouterr().out)["new_tokens"] == 6
+    assert 0 < abs(scores[1] - scores[0]) < abs(scores[2] - scores[0])
+
+
 def test_inspect_tells_what_is_stored_what_is_found_and_what_a_recipe_says(
     command: Command, plain: Path, quantized: Path, capsys: Any
 ) -> None:
@@ -159,6 +174,7 @@ def test_chat_answers_until_the_questions_end(
         (("quantize", "PLAIN", "QUANTIZED"), "holds files already"),
         (("quantize", "PLAIN", "OUT", "--max-memory", "lots"), "no amount of memory"),
         (("eval", "PLAIN", "--dtype", "int3"), "unknown dtype 'int3'"),
+        (("eval", "PLAIN", "--data", "TEXT", "--cache-bits", "5"), "no format has 5 bits"),
         (("eval", "PLAIN", "--data", "TEXT", "--tokens", "1"), "hold no whole window"),
         (("inspect", "TEXT"), "there is no directory"),
         (("demo", "--preset", "w5a5"), "unknown spec 'w5a5'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,15 @@ import torch
 import typer
 
 from fp4compile.commands.loading import Loaded, load
-from fp4compile.commands.options import Compile, Dtype, JsonPath, Model, dtype_of
+from fp4compile.commands.options import (
+    CacheBits,
+    Compile,
+    Dtype,
+    JsonPath,
+    Model,
+    cache_maker,
+    dtype_of,
+)
 from fp4compile.commands.output import STDOUT, emit, table
 from fp4compile.compile import compile_model
 from fp4compile.evaluate import model_size, perplexity
@@ -23,6 +32,8 @@ EXAMPLES = """
   fp4compile eval out/smollm2
 
   fp4compile eval out/smollm2 --data my_text.txt --tokens 4088 --json result.json
+
+  fp4compile eval out/smollm2 --cache-bits 4
 
   fp4compile eval MODEL --data Salesforce/wikitext:wikitext-2-raw-v1:test
 
@@ -48,6 +59,7 @@ def command(
         Path | None, typer.Option(help="Directory with task files (YAML) of your own.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions per task; default all.")] = None,
+    cache_bits: CacheBits = None,
     compile_it: Compile = False,
     dtype: Dtype = "float32",
     json_path: JsonPath = None,
@@ -57,26 +69,34 @@ def command(
     loaded = load(model, dtype_of(dtype))
     if compile_it:
         compile_model(loaded.model)
+    new_cache = cache_maker(cache_bits, loaded.model)
     if task:
         scores = run_tasks(
             loaded.model, loaded.needed_tokenizer(), task, limit=limit, task_dir=task_dir
         )
     else:
         quiet = json_path == STDOUT
-        scores = _perplexity(loaded, texts, tokens, window, progress=not quiet)
+        scores = _perplexity(loaded, texts, tokens, window, new_cache, progress=not quiet)
     size = model_size(loaded.model)
     result = {
         "model": model,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "bits_per_weight": size.bits_per_weight,
+        "cache_bits": cache_bits,
         **({"tasks": scores} if task else {"data": data, "window": window, **scores}),
     }
     emit(result, _table(result), json_path)
 
 
 def _perplexity(
-    loaded: Loaded, texts: list[str], tokens: int, window: int, *, progress: bool
+    loaded: Loaded,
+    texts: list[str],
+    tokens: int,
+    window: int,
+    new_cache: Callable[[], Any] | None,
+    *,
+    progress: bool,
 ) -> dict[str, Any]:
     # Not verbose: the text is longer than the context, but it is cut into windows.
     encoded = loaded.needed_tokenizer()(
@@ -84,7 +104,12 @@ def _perplexity(
     )
     return asdict(
         perplexity(
-            loaded.model, encoded.input_ids, window=window, max_tokens=tokens, progress=progress
+            loaded.model,
+            encoded.input_ids,
+            window=window,
+            max_tokens=tokens,
+            progress=progress,
+            new_cache=new_cache,
         )
     )
 
@@ -93,6 +118,8 @@ def _table(result: dict[str, Any]) -> Any:
     made = table("", ">")
     made.add_row("model", result["model"])
     made.add_row("bits per weight", f"{result['bits_per_weight']:.2f}")
+    if result["cache_bits"] is not None:
+        made.add_row("bits of keys and values", str(result["cache_bits"]))
     for name, metrics in result.get("tasks", {}).items():
         for metric, value in metrics.items():
             made.add_row(f"{name}, {metric}", f"{value:.4f}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +12,15 @@ import typer
 from rich.text import Text
 
 from fp4compile.commands.loading import Loaded, load
-from fp4compile.commands.options import Compile, Dtype, JsonPath, Model, dtype_of
+from fp4compile.commands.options import (
+    CacheBits,
+    Compile,
+    Dtype,
+    JsonPath,
+    Model,
+    cache_maker,
+    dtype_of,
+)
 from fp4compile.commands.output import STDOUT, console, emit
 from fp4compile.compile import compile_model
 from fp4compile.errors import ModelError
@@ -46,6 +54,7 @@ def command(
     new_tokens: NewTokens = 100,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    cache_bits: CacheBits = None,
     compile_it: Compile = False,
     dtype: Dtype = "float32",
     json_path: JsonPath = None,
@@ -55,7 +64,8 @@ def command(
     encoded = loaded.needed_tokenizer()(prompt, return_tensors="pt")
     quiet = json_path == STDOUT
     start = time.perf_counter()
-    text, count = _generate(loaded, encoded, new_tokens, temperature, seed, stream=not quiet)
+    sampling = _sampling(new_tokens, temperature, cache_maker(cache_bits, loaded.model))
+    text, count = _generate(loaded, encoded, sampling, seed, stream=not quiet)
     seconds = time.perf_counter() - start
     result = {"prompt": prompt, "text": text, "new_tokens": count, "seconds": seconds}
     emit(result, Text(f"\n{count} tokens, {count / seconds:.1f} per second", "dim"), json_path)
@@ -66,6 +76,7 @@ def chat(
     new_tokens: NewTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    cache_bits: CacheBits = None,
     compile_it: Compile = False,
     dtype: Dtype = "float32",
 ) -> None:
@@ -77,13 +88,16 @@ def chat(
             f"{model} has no chat template, so it was not trained to talk; "
             "use fp4compile generate, or give an instruction-tuned model"
         )
+    new_cache = cache_maker(cache_bits, loaded.model)
     said: list[dict[str, str]] = []
     for question in _questions():
         said.append({"role": "user", "content": question})
         encoded = tokenizer.apply_chat_template(
             said, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        answer, _ = _generate(loaded, encoded, new_tokens, temperature, seed, stream=True)
+        # A cache anew: the whole talk is the prompt.
+        sampling = _sampling(new_tokens, temperature, new_cache)
+        answer, _ = _generate(loaded, encoded, sampling, seed, stream=True)
         said.append({"role": "assistant", "content": answer})
 
 
@@ -110,22 +124,30 @@ def _questions() -> Iterator[str]:
         yield line
 
 
+def _sampling(
+    new_tokens: int, temperature: float, new_cache: Callable[[], Any] | None
+) -> dict[str, Any]:
+    """Arguments of ``generate``."""
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        options["temperature"] = temperature
+    if new_cache is not None:
+        options["past_key_values"] = new_cache()
+    return options
+
+
 @torch.no_grad()
 def _generate(
-    loaded: Loaded, encoded: Any, new_tokens: int, temperature: float, seed: int, *, stream: bool
+    loaded: Loaded, encoded: Any, options: dict[str, Any], seed: int, *, stream: bool
 ) -> tuple[str, int]:
     """(text without the prompt, number of its tokens), printed as it comes with ``stream``."""
     from transformers import TextStreamer
 
     tokenizer = loaded.tokenizer
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     torch.manual_seed(seed)
     output = loaded.model.generate(
-        **encoded,
-        max_new_tokens=new_tokens,
-        streamer=streamer if stream else None,
-        **(sampling or {"do_sample": False}),
+        **encoded, streamer=streamer if stream else None, **options
     )
     new = output[0, encoded["input_ids"].shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True), len(new)

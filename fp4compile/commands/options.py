@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from fp4compile.errors import SpecError
+import fp4compile
+from fp4compile.errors import ModelError, SpecError
 from fp4compile.qparams import PRESETS, QuantSpec
 from fp4compile.search import METHODS
 
@@ -63,6 +64,14 @@ Compile = Annotated[
     ),
 ]
 
+CacheBits = Annotated[
+    int | None,
+    typer.Option(
+        "--cache-bits",
+        help="Keep keys and values of attention as codes of 4, 6 or 8 bits; default as they are.",
+    ),
+]
+
 
 def spec_of(preset: str, *, per_token: bool) -> QuantSpec:
     """The preset, with dynamic activation scales if asked for."""
@@ -79,3 +88,19 @@ def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise SpecError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def cache_maker(bits: int | None, model: Any) -> Callable[[], Any] | None:
+    """What makes a quantized key-value cache of ``bits`` for ``model``; None where none is asked.
+
+    Raises:
+        ModelError: the model has no such cache.
+    """
+    if bits is None:
+        return None
+    if not hasattr(model, "generate"):
+        raise ModelError(
+            f"--cache-bits needs a language model of transformers, not a {type(model).__name__}"
+        )
+    fp4compile.QuantizedCache(model.config, bits)  # what is wrong with it is known at once
+    return lambda: fp4compile.QuantizedCache(model.config, bits)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from wrapt import when_imported
 
+from fp4compile.attention_products import AttentionDecision, AttentionProducts
+from fp4compile.batches import Batch
 from fp4compile.compile import load_lowerings
-from fp4compile.errors import CompileError
+from fp4compile.errors import CompileError, SpecError
+from fp4compile.qparams import QuantSpec, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,65 @@ def attach(model: nn.Module) -> None:
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         importlib.import_module("fp4compile.integrations.hf_quantizer").attach(model)
+
+
+def decide_products(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    spec: QuantSpec,
+    method: str,
+    asked: bool | TensorSpec,
+    *,
+    from_recipe: bool,
+) -> dict[str, AttentionDecision]:
+    """What ``quantize(attention=asked)`` decides; nothing where nothing is asked.
+
+    Raises:
+        SpecError: no bits are known for them, or a recipe is given, which has none.
+    """
+    if asked is False:
+        return {}
+    if from_recipe:
+        raise SpecError(
+            "a recipe has no products of attention; leave attention out, or give calibration data "
+            "instead of the recipe"
+        )
+    if asked is True and spec.activation is None:
+        raise SpecError(
+            "this spec has no bits for activations, so none for attention; give "
+            "attention=TensorSpec(bits, granularity='tensor')"
+        )
+    found = spec.activation if asked is True else asked
+    assert isinstance(found, TensorSpec)
+    return decide_attention(model, batches, found, minmax=method == "minmax")
+
+
+def decide_attention(
+    model: nn.Module, batches: Sequence[Batch], spec: TensorSpec, *, minmax: bool
+) -> dict[str, AttentionDecision]:
+    """The products of every attention of a model of transformers, see ``attention.py``.
+
+    Raises:
+        SpecError: it is no such model, or its attention cannot be exchanged.
+    """
+    if "transformers.modeling_utils" not in sys.modules:
+        raise SpecError(
+            f"products of attention are quantized in models of transformers, not in a "
+            f"{type(model).__name__}; call quantize without attention"
+        )
+    module = importlib.import_module("fp4compile.integrations.attention")
+    found: dict[str, AttentionDecision] = module.decide_attention(
+        model, batches, spec, minmax=minmax
+    )
+    return found
+
+
+def attach_attention(model: nn.Module, decisions: Mapping[str, AttentionDecision]) -> None:
+    """Let the decided attentions compute with rounded operands."""
+    if decisions:
+        module = importlib.import_module("fp4compile.integrations.attention")
+        products = {name: AttentionProducts(made.operands) for name, made in decisions.items()}
+        module.attach_products(model, products)
 
 
 def _register_lowerings() -> None:

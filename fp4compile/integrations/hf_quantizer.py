@@ -16,8 +16,11 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fp4compile.attention_products import AttentionProducts
 from fp4compile.errors import CheckpointError
 from fp4compile.formats import alternatives
+# The module: whichever of the two is imported first, transformers imports the other from within.
+from fp4compile.integrations import attention
 from fp4compile.integrations.serialize import (
     attribute_groups,
     attributes_by_name,
@@ -42,7 +45,8 @@ class FP4CompileConfig(QuantizationConfigMixin):
     """``quantization_config`` of a quantized model's config.json.
 
     ``groups``: the attributes of :class:`FP4Tensor`, each with the names of the "weights" that
-    have them; ``skipped``: why other weights are in high precision.
+    have them; ``skipped``: why other weights are in high precision; ``products``: the operands of
+    quantized attentions.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class FP4CompileConfig(QuantizationConfigMixin):
         bits_per_parameter: float | None = None,
         skipped: Mapping[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
+        products: Mapping[str, Mapping[str, Any]] | None = None,
         **_: Any,
     ) -> None:
         if format_version != FORMAT_VERSION:
@@ -63,6 +68,7 @@ class FP4CompileConfig(QuantizationConfigMixin):
         self.bits_per_parameter = bits_per_parameter
         self.groups = [dict(group) for group in groups]
         self.skipped = dict(skipped or {})
+        self.products = dict(products or {})
 
     @classmethod
     def of(cls, model: nn.Module) -> FP4CompileConfig:
@@ -72,6 +78,7 @@ class FP4CompileConfig(QuantizationConfigMixin):
             attribute_groups(fp4_parameters(model)),
             round(bits_per_parameter(model), 4),
             report.skipped if isinstance(report, Report) else None,
+            products={name: made.to_dict() for name, made in attention.products_of(model).items()},
         )
 
 
@@ -146,12 +153,25 @@ class FP4CompileQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         model.requires_grad_(False)
+        attention.attach_products(
+            model,
+            {
+                self._module_of(model, name): AttentionProducts.from_dict(operands)
+                for name, operands in self.quantization_config.products.items()
+            },
+        )
         # Saving reverts conversions; ours is done by get_state_dict_and_metadata.
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
             if not any(isinstance(op, _Restore) for op in getattr(conversion, "operations", ()))
         ]
+
+    def _module_of(self, model: PreTrainedModel, name: str) -> str:
+        """``name`` as ``model`` has it, with or without the prefix of the base model."""
+        prefix = f"{model.base_model_prefix}."
+        known = {module for module, _ in model.named_modules()}
+        return next(n for n in (name, prefix + name, name.removeprefix(prefix)) if n in known)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
         made: dict[int, nn.Parameter] = {}

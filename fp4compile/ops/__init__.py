@@ -5,5 +5,14 @@ from fp4compile.ops.embedding import embedding
 from fp4compile.ops.grouped_linear import grouped_linear
 from fp4compile.ops.linear import linear
 from fp4compile.ops.quantize_activation import quantize_activation
+from fp4compile.ops.states import dequantize_states, quantize_states
 
-__all__ = ["attend", "embedding", "grouped_linear", "linear", "quantize_activation"]
+__all__ = [
+    "attend",
+    "dequantize_states",
+    "embedding",
+    "grouped_linear",
+    "linear",
+    "quantize_activation",
+    "quantize_states",
+]

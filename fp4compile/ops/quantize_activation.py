@@ -64,7 +64,8 @@ def quantize_activation(
     steps, operand_scale = round_operand(values, scale, format, granularity, block_size, block_clip)
     if exponent_shift is not None and not shift_in_weight:
         steps = steps * power_of_two(exponent_shift)
-    return steps.to(operand_dtype(format)), operand_scale
+    # As the fake kernel says, whatever the strides of x.
+    return steps.to(operand_dtype(format)).contiguous(), operand_scale
 
 
 @quantize_activation.register_fake

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fp4compile.blocks import in_second_format, per_channel
-from fp4compile.formats import FloatFormat, alternatives
+from fp4compile.formats import alternatives
 from fp4compile.lowering import inductor
+from fp4compile.lowering.ops.codes import decode
 from fp4compile.numerics import power_of_two
 from fp4compile.operand import original_weight
 from fp4compile.packing import unpack
@@ -28,14 +29,14 @@ def embedding(
 ) -> Tensor:
     first, *second = alternatives(weight_format)
     codes = unpack(packed_weight[indices], first.bits, embedding_dim)
-    rows = _decode(codes, first)
+    rows = decode(codes, first)
     if block_scale is None:
         rows = rows * weight_scale[indices].unsqueeze(-1)
     else:
         scale_codes = block_scale[indices]
         if second:
             flag = per_channel(in_second_format(scale_codes), block_size, embedding_dim)
-            rows = torch.where(flag, _decode(codes, second[0]), rows)
+            rows = torch.where(flag, decode(codes, second[0]), rows)
         scales = _decode_e4m3(scale_codes & 127) * weight_scale
         rows = rows * per_channel(scales, block_size, embedding_dim)
     return original_weight(rows, exponent_shift, True, rotation).to(out_dtype)
@@ -46,14 +47,3 @@ def _decode_e4m3(codes: Tensor) -> Tensor:
     exponent, mantissa = (codes >> 3).to(torch.int32), (codes & 7).to(torch.int32)
     normal = power_of_two(exponent - 7) * (1 + mantissa.to(torch.float32) / 8)
     return torch.where(exponent == 0, mantissa.to(torch.float32) * 2.0**-9, normal)
-
-
-def _decode(codes: Tensor, fmt: FloatFormat) -> Tensor:
-    """Integer values by arithmetic: a table would be a second gather per value."""
-    half = 2 ** (fmt.bits - 1)
-    magnitude = codes.to(torch.int32) & (half - 1)
-    exponent = magnitude >> fmt.mantissa_bits
-    mantissa = magnitude & (2**fmt.mantissa_bits - 1)
-    normal = (mantissa + 2**fmt.mantissa_bits) << (exponent - 1).clamp(min=0)
-    value = torch.where(exponent == 0, mantissa, normal).clamp(max=fmt.max_integer)
-    return torch.where(codes >= half, -value, value).to(torch.float32)

@@ -1,0 +1,225 @@
+"""The two products of attention on rounded operands: queries with keys, probabilities with values.
+
+LLM-FP4's tables of BERT and ViT quantize them as well: every operand has one static scale per tensor
+and a format of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4compile import ops
+from fp4compile.formats import FloatFormat
+from fp4compile.numerics import scale_for_max
+from fp4compile.qparams import ActivationQParams, TensorSpec
+from fp4compile.search.candidates import minmax_format
+from fp4compile.search.grid import clip_factors
+
+OPERANDS = ("query", "key", "probability", "value")
+# As of an activation, coarser: what is judged is a whole attention, not a linear.
+OCTAVES_BELOW = 6.0
+STEPS_PER_OCTAVE = {4: 4, 6: 2, 8: 1}
+
+
+class AttentionProducts(nn.Module):
+    """Formats and float32 0-d scales of the four operands of one attention.
+
+    The buffers are not persistent: what saves a model saves the numbers (``to_dict``).
+    """
+
+    def __init__(self, operands: Mapping[str, ActivationQParams]) -> None:
+        super().__init__()
+        self.formats = {name: operands[name].format for name in OPERANDS}
+        for name in OPERANDS:
+            scale = operands[name].scale.to(torch.float32).clone()
+            self.register_buffer(f"{name}_scale", scale, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AttentionProducts:
+        # ``model.to(dtype)`` means the model's own numbers: of a cast only the device is taken.
+        for name, held in self.named_buffers():
+            setattr(self, name, held.to(fn(held).device))
+        return self
+
+    def rounded(self, name: str, x: Tensor) -> Tensor:
+        """``x`` as operand ``name``, float32."""
+        operand, scale = ops.quantize_activation(
+            x, self.get_buffer(f"{name}_scale"), None, self.formats[name], "tensor"
+        )
+        # The scale multiplies before the product: sums of 16-bit operands are float32 in any case.
+        return operand.to(torch.float32) * scale
+
+    def to_dict(self) -> dict[str, tuple[str, float]]:
+        """(format, scale) of every operand; the inverse of :meth:`from_dict`."""
+        return {
+            name: (self.formats[name], float(self.get_buffer(f"{name}_scale"))) for name in OPERANDS
+        }
+
+    @classmethod
+    def from_dict(cls, operands: Mapping[str, Sequence[str | float]]) -> AttentionProducts:
+        made = {
+            name: ActivationQParams(str(format), "tensor", torch.tensor(float(scale)))
+            for name, (format, scale) in operands.items()
+        }
+        return cls(made)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    products: AttentionProducts | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(``softmax(query key^T * scaling + mask) value``, the probabilities), in the query's dtype.
+
+    Args:
+        query: ``[B, H, L, D]``; key, value: ``[B, H / groups, S, D]``.
+        mask: is added, broadcasts with ``[B, H, L, S]``; or None.
+        softcap: bounds the scores: ``softcap * tanh(scores / softcap)``.
+        products: rounds the operands; None: full precision.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if products is not None:
+        rounded = {"query": query, "key": key, "value": value}
+        q, k, v = (products.rounded(name, x) for name, x in rounded.items())
+    else:
+        q, k, v = query, key, value
+    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+    scores = q @ k.mT * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + mask
+    probability = scores.softmax(dim=-1, dtype=torch.float32)
+    p = probability if products is None else products.rounded("probability", probability)
+    return (p.to(v.dtype) @ v).to(query.dtype), probability
+
+
+@dataclass(frozen=True)
+class AttentionSample:
+    """A call of one attention, as :func:`attention` takes it, all float32 and with as many heads of
+    keys as of queries; ``output`` in full precision and the probabilities.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None
+    probability: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionStatistics:
+    """``absmax`` by operand over all of calibration, and some ``samples``."""
+
+    absmax: Mapping[str, Tensor]
+    samples: Sequence[AttentionSample]
+
+
+class AttentionObserver:
+    """Sees the calls of one attention in full precision; keeps the first ``rows`` of each."""
+
+    def __init__(self, calls: int = 2, rows: int = 4) -> None:
+        self._calls, self._rows = calls, rows
+        self._absmax = {name: torch.zeros(()) for name in OPERANDS}
+        self._samples: list[AttentionSample] = []
+
+    def update(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        probability: Tensor,
+        output: Tensor,
+    ) -> None:
+        """See one call with what came of it."""
+        values = dict(zip(OPERANDS, (query, key, probability, value), strict=True))
+        for name, x in values.items():
+            self._absmax[name] = torch.maximum(self._absmax[name], x.abs().amax().float().cpu())
+        if len(self._samples) < self._calls:
+            groups = query.shape[1] // key.shape[1]
+            q, k, v, p, y = (
+                x[: self._rows].float().cpu() for x in (query, key, value, probability, output)
+            )
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+            # A mask may be the same for all rows.
+            part = None if mask is None else mask[: self._rows].float().cpu()
+            self._samples.append(AttentionSample(q, k, v, part, scaling, softcap, p, y))
+
+    @property
+    def value(self) -> AttentionStatistics:
+        return AttentionStatistics(dict(self._absmax), tuple(self._samples))
+
+
+@dataclass(frozen=True)
+class AttentionDecision:
+    """Operands of one attention's products, and the squared error of its output relative to the
+    output's square on the samples, beside that of min-max.
+    """
+
+    operands: Mapping[str, ActivationQParams]
+    error: float
+    minmax_error: float
+
+
+def search_attention(
+    statistics: AttentionStatistics, spec: TensorSpec, *, minmax: bool = False, rounds: int = 2
+) -> AttentionDecision:
+    """Format and clipping of every operand, in turn, by the error of the attention's output.
+
+    Args:
+        minmax: search nothing.
+    """
+    base = {
+        name: _static(minmax_format(spec), statistics.absmax[name]) for name in OPERANDS
+    }
+    best, error = base, _error(statistics.samples, base)
+    first = error
+    for _ in range(0 if minmax else rounds):
+        for name in OPERANDS:
+            for candidate in _candidates(statistics.absmax[name], spec):
+                tried = {**best, name: candidate}
+                found = _error(statistics.samples, tried)
+                if found < error:
+                    best, error = tried, found
+    return AttentionDecision(best, error, first)
+
+
+def _static(fmt: FloatFormat, maximum: Tensor) -> ActivationQParams:
+    return ActivationQParams(fmt.name, "tensor", scale_for_max(maximum, fmt))
+
+
+def _candidates(absmax: Tensor, spec: TensorSpec) -> list[ActivationQParams]:
+    factors = clip_factors(STEPS_PER_OCTAVE[spec.bits], OCTAVES_BELOW)
+    return [_static(fmt, absmax * factor) for fmt in spec.candidates for factor in factors]
+
+
+def _error(samples: Sequence[AttentionSample], operands: Mapping[str, ActivationQParams]) -> float:
+    products = AttentionProducts(operands)
+    wrong = power = 0.0
+    for sample in samples:
+        found, _ = attention(
+            sample.query,
+            sample.key,
+            sample.value,
+            sample.mask,
+            sample.scaling,
+            sample.softcap,
+            products,
+        )
+        wrong += float((found - sample.output).square().sum())
+        power += float(sample.output.square().sum())
+    return wrong / max(power, torch.finfo().tiny)
