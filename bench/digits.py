@@ -101,10 +101,11 @@ def measure(name: str, model: nn.Module, digits: Digits) -> DigitsResult:
     configuration = CONFIGURATIONS[name]
     start, bits = time.perf_counter(), 32.0
     if configuration is not None:
-        spec, method = configuration
+        spec, method, attention = configuration
         images = digits.train[0][:CALIBRATION_IMAGES]
         batches = [{"pixel_values": part} for part in images.split(BATCH)]
-        fp4compile.quantize(model, batches, spec, method=method, progress=False)
+        options: Any = {"method": method, "attention": attention, "progress": False}
+        fp4compile.quantize(model, batches, spec, **options)
         report: Any = model.fp4_report
         bits = report.bits_per_weight
     seconds = time.perf_counter() - start

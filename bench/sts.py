@@ -51,8 +51,8 @@ def measure(name: str, pairs: Sequence[dict[str, Any]]) -> StsResult:
     start, bits = time.perf_counter(), 32.0
     configuration = CONFIGURATIONS[name]
     if configuration is not None:
-        spec, method = configuration
-        fp4compile.quantize(model, calibration(tokenizer), spec, method=method)
+        spec, method, attention = configuration
+        fp4compile.quantize(model, calibration(tokenizer), spec, method=method, attention=attention)
         report: Any = model.fp4_report
         bits = report.bits_per_weight
     seconds = time.perf_counter() - start

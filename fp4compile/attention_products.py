@@ -183,9 +183,7 @@ def search_attention(
     Args:
         minmax: search nothing.
     """
-    base = {
-        name: _static(minmax_format(spec), statistics.absmax[name]) for name in OPERANDS
-    }
+    base = {name: _static(minmax_format(spec), statistics.absmax[name]) for name in OPERANDS}
     best, error = base, _error(statistics.samples, base)
     first = error
     for _ in range(0 if minmax else rounds):

@@ -82,9 +82,7 @@ def _window_count(tokens: int, window: int, max_tokens: int | None) -> int:
     return count
 
 
-def _window_nll(
-    model: nn.Module, ids: Tensor, new_cache: Callable[[], Any] | None = None
-) -> float:
+def _window_nll(model: nn.Module, ids: Tensor, new_cache: Callable[[], Any] | None = None) -> float:
     if new_cache is None:
         logits = _logits(model(ids))
     else:

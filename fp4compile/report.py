@@ -155,9 +155,7 @@ def make_report(
         for name, made in attention.items()
     )
     name = type(rewrite.model).__name__
-    report = Report(
-        name, spec, method, sites, skipped, seconds, recipe, attention=products
-    )
+    report = Report(name, spec, method, sites, skipped, seconds, recipe, attention=products)
     return replace(report, recipe=replace(recipe, report=report.to_dict()))
 
 

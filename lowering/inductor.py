@@ -449,6 +449,18 @@ def gemm(
     return inductor_lowering.view(template.generate().output_node(), [*batch, problem.N])
 
 
+def grouped_gemm(name: str, source: str, problem: GemmProblem, inputs: dict[str, Any]) -> Any:
+    """IR node ``[S, N]`` of a stack of weights, computed by the kernel text ``source``."""
+    matrix = inputs["operand"]
+    size = [matrix.get_size()[0], problem.N]
+    layout = ir.FixedLayout(matrix.get_device(), problem.out_dtype, size)
+    template = GemmTemplate(name, source, problem, _distinct(inputs), layout)
+    result = template.generate().output_node()
+    # The text stores its result itself; what follows is another kernel.
+    V.graph.no_fuse_buffer_names.add(result.get_name())
+    return result
+
+
 def one_kernel(name: str, source: str, problem: Any, inputs: dict[str, Any]) -> Any:
     """IR node of the size and dtype of the first input, computed by the kernel text ``source``."""
     first = next(iter(inputs.values()))

@@ -26,6 +26,7 @@ class GemmProblem:
     out_dtype: torch.dtype
     device: str = "cpu"
     architecture: str = ""  # of a GPU, "sm_90" or "gfx942"
+    experts: int = 0  # of a stack of weights, each of which has rows of its own; 0: one weight
 
     @property
     def formats(self) -> tuple[FloatFormat, ...]:
@@ -56,8 +57,9 @@ class GemmProblem:
         dtype = str(self.operand_dtype).removeprefix("torch.")
         scale = f" scale/{self.operand_scale}" if self.operand_scale else ""
         blocks = f" blocks of {self.block_size}" if self.block_size else ""
+        stack = f"grouped linear E={self.experts}" if self.experts else "linear"
         return (
-            f"linear N={self.N} K={self.K} {dtype}{scale} x {self.weight_format}{blocks}"
+            f"{stack} N={self.N} K={self.K} {dtype}{scale} x {self.weight_format}{blocks}"
             f"{' + bias' if self.bias else ''} -> {str(self.out_dtype).removeprefix('torch.')}"
         )
 

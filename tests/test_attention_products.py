@@ -173,9 +173,7 @@ def test_what_has_no_products_is_refused_and_left_alone(spec, model, message):
     data = [CALL] if model.__class__.__name__ == "BertModel" else [torch.randn(4, 32)]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(SpecError, match=message):
-        fp4compile.quantize(
-            model, data, spec, method="minmax", attention=True, progress=False
-        )
+        fp4compile.quantize(model, data, spec, method="minmax", attention=True, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -190,9 +188,7 @@ def test_attention_with_sinks_is_refused_and_left_alone():
     model = AutoModelForCausalLM.from_config(config).eval()
     before = model.config._attn_implementation
     with pytest.raises(UnsupportedOperationError, match="s_aux"):
-        fp4compile.quantize(
-            model, [IDS], "w8a8", method="minmax", attention=True, progress=False
-        )
+        fp4compile.quantize(model, [IDS], "w8a8", method="minmax", attention=True, progress=False)
     assert model.config._attn_implementation == before != NAME
     assert not products_of(model)
     model(IDS)

@@ -146,8 +146,6 @@ def _generate(
     tokenizer = loaded.tokenizer
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(seed)
-    output = loaded.model.generate(
-        **encoded, streamer=streamer if stream else None, **options
-    )
+    output = loaded.model.generate(**encoded, streamer=streamer if stream else None, **options)
     new = output[0, encoded["input_ids"].shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True), len(new)

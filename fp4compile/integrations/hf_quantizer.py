@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fp4compile.attention_products import AttentionProducts
 from fp4compile.errors import CheckpointError
 from fp4compile.formats import alternatives
+
 # The module: whichever of the two is imported first, transformers imports the other from within.
 from fp4compile.integrations import attention
 from fp4compile.integrations.serialize import (

@@ -9,9 +9,9 @@ import torch
 from fp4compile.kernels import KernelChoice
 from fp4compile.lowering import inductor, inductor_gpu
 from fp4compile.lowering.choice import choose, log
-from fp4compile.lowering.ops.grouped_linear import grouped_kernel
+from fp4compile.lowering.ops.grouped_linear import granularity
 from fp4compile.lowering.problem import GemmProblem
-from fp4compile.lowering.targets import TritonTarget, targets_of
+from fp4compile.lowering.targets import CPU_TARGETS, TritonTarget, targets_of
 from fp4compile.ops.quantize_activation import operand_dtype
 from fp4compile.tensor import FP4Tensor
 
@@ -36,7 +36,7 @@ def linear(
         K=inductor.static_int(operand.get_size()[-1]),
         weight_format=weight_format.lower(),
         operand_dtype=operand.get_dtype(),
-        operand_scale=_granularity(operand_scale, block_scale),
+        operand_scale=granularity(operand_scale, block_scale),
         block_size=inductor.static_int(block_size),
         bias=bias is not None,
         out_dtype=out_dtype,
@@ -85,35 +85,24 @@ def _place(device: torch.device) -> dict[str, str]:
     return {"device": device.type, "architecture": inductor_gpu.architecture(device)}
 
 
-def _granularity(operand_scale: Any, block_scale: Any) -> str | None:
-    if operand_scale is None:
-        return None
-    if not operand_scale.get_size():
-        return "tensor"
-    # Blocks as long as a row are the same as tokens.
-    columns = inductor.static_int(operand_scale.get_size()[-1])
-    return "token" if block_scale is None or columns == 1 else "block"
-
-
 def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
     """The kernel that compiling what uses ``weight`` will use on this machine."""
-    if weight.packed_weight.dim() == 3:
-        experts, rows, _ = weight.packed_weight.shape
-        return grouped_kernel(experts, rows, weight.reduction)
-    rows, columns = weight.packed_weight.shape[0], weight.reduction
+    *stack, rows, _ = weight.packed_weight.shape
+    columns = weight.reduction
     activation = weight.activation_format
-    granularity = None if activation is None else weight.granularity
-    if granularity == "block" and columns <= weight.block_size:
-        granularity = "token"
+    shares = None if activation is None else weight.granularity
+    if shares == "block" and columns <= weight.block_size:
+        shares = "token"
     problem = GemmProblem(
         N=rows,
         K=columns,
         weight_format=weight.weight_format,
         operand_dtype=weight.dtype if activation is None else operand_dtype(activation),
-        operand_scale=granularity,
+        operand_scale=shares,
         block_size=weight.block_size,
         bias=bias,
         out_dtype=weight.dtype,
         **_place(weight.device),
+        experts=stack[0] if stack else 0,
     )
-    return choose(problem, targets_of(problem.device))[1]
+    return choose(problem, CPU_TARGETS if stack else targets_of(problem.device))[1]

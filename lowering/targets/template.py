@@ -36,7 +36,8 @@ class CppTarget:
 
     def source(self, problem: GemmProblem) -> str:
         """Kernel text (jinja)."""
-        return "\n".join(text(part) for part in ("prelude", *self.templates(problem), "driver"))
+        driver = "grouped_driver" if problem.experts else "driver"
+        return "\n".join(text(part) for part in ("prelude", *self.templates(problem), driver))
 
 
 def layout_reason(problem: GemmProblem) -> str | None:
