@@ -21,7 +21,7 @@ from fp4compile.search.candidates import (
     minmax_weight,
     output_errors,
 )
-from fp4compile.search.embedding import lookup_moment, search_embedding
+from fp4compile.search.embedding import lookup_moment, search_embedding, tied_moment
 from fp4compile.search.gptq import compensated
 from fp4compile.search.grid import clip_factors
 from fp4compile.search.problem import SearchOptions
@@ -283,9 +283,11 @@ def test_the_lookup_moment_is_the_mean_relative_error_of_rows():
     rows = (change @ lookup_moment(weight) * change).sum(1).mean()
     torch.testing.assert_close(rows, change.square().sum() / weight.square().sum())
     head = x.t() @ x / len(x)
-    both = (change @ lookup_moment(weight, head) * change).sum(1).mean()
+    options = SearchOptions(lookup_weight=0.25)
+    both = (change @ tied_moment(weight, head, options) * change).sum(1).mean()
     y, difference = x @ weight.t(), x @ change.t()
-    torch.testing.assert_close(both - rows, difference.square().sum() / y.square().sum())
+    of_head = difference.square().sum() / y.square().sum()
+    torch.testing.assert_close(both, of_head + rows / 4)
 
 
 def test_unknown_names_list_the_known_ones():

@@ -21,7 +21,7 @@ from fp4compile.qparams import ActivationQParams, QuantSpec, SiteQParams, Tensor
 from fp4compile.search.activation import preferred
 from fp4compile.search.balance import balancing_shift, transformed_moment
 from fp4compile.search.candidates import ERROR_TOKENS, accepted, blocked_weight, output_errors
-from fp4compile.search.embedding import lookup_moment
+from fp4compile.search.embedding import lookup_moment, tied_moment
 from fp4compile.search.gptq import compensated
 from fp4compile.search.problem import GroupProblem, SearchOptions
 from fp4compile.search.tokens import Tokens, split, weighted_tokens
@@ -73,7 +73,7 @@ def best(problem: GroupProblem) -> dict[str, SiteQParams]:
         name: problem.decided.get(name)
         or _round_weight(
             weight,
-            lookup_moment(weight, moment) if name in problem.tied else moment,
+            tied_moment(weight, moment, problem.options) if name in problem.tied else moment,
             activation,
             problem.spec.weight,
             problem.options,
@@ -90,8 +90,9 @@ def best_embedding(
     ``head_moment``.
     """
     if head_moment is None:
-        options = replace(options, rounding="nearest")
-    moment = lookup_moment(weight, head_moment)
+        moment, options = lookup_moment(weight), replace(options, rounding="nearest")
+    else:
+        moment = tied_moment(weight, head_moment, options)
     return _round_weight(weight, moment, None, _in_blocks(spec), options)
 
 
