@@ -30,9 +30,9 @@ class SearchOptions:
     them larger; 0 for none. ``moment_shrinkage``: how much of the correlation between channels that
     chance may explain is left out of that second moment, see ``shrunk_moment``; 0 for nothing.
 
-    ``lookup_weight``: how much the relative error of looked-up rows counts beside that of the head's
-    output where an embedding is tied to a head. What a head adds reaches the logits as it is; what
-    a look-up adds is diluted by all layers.
+    ``lookup_weight``: how much the relative error of looked-up rows counts beside that of the
+    head's output where an embedding is tied to a head. What a head adds reaches the logits as it
+    is; what a look-up adds is diluted by all layers.
 
     ``format_margin``: an activation format that runs on the int8 route is preferred while its error
     is at most ``1 + format_margin`` times the best one's.
