@@ -47,7 +47,7 @@ class ActivationError:
 
     ``gram`` ``[K, K]`` is ``w_hat^T w_hat`` and ``cross`` ``w_hat^T w`` of all sites' weights,
     divided by the power; ``weights`` ``(w, w_hat)`` themselves, ``[N, K]``, where N < K makes them
-    cheaper. Of a tied head, both are less their mean row (``outputs.py``).
+    cheaper. Of a head, both are less their mean row (``outputs.py``).
     """
 
     sites: int
@@ -65,7 +65,7 @@ class ActivationError:
         kept = []
         keep = sum(len(weight) for weight in problem.weights.values()) < channels
         for name, weight in problem.weights.items():
-            centred = name in problem.tied
+            centred = name in problem.heads
             factor = tokens.mean_power(weight, centred=centred).clamp_min(TINY).rsqrt()
             mean = mean_hat = torch.zeros(channels)
             if centred:

@@ -133,7 +133,7 @@ def all_output_errors(
     unseen = [clipping_errors(tokens, activation) * len(x) for _, activation in decisions]
     found: list[dict[str, float]] = [{} for _ in decisions]
     for name, weight in problem.weights.items():
-        new = partial(SquaredOutputs, centred=name in problem.tied)
+        new = partial(SquaredOutputs, centred=name in problem.heads)
         power, on_seen, on_unseen = new(), [new() for _ in decisions], [new() for _ in decisions]
         parts = [row_parts(weight, weights[name]) for weights, _ in decisions]
         for of_decisions in zip(*parts, strict=True):

@@ -30,7 +30,7 @@ def diagnosed(
     absmax = problem.statistics.absmax
     found = {}
     for name, site in decisions.items():
-        centred = name in problem.tied
+        centred = name in problem.heads
         parts = _parts(problem.weights[name], site, tokens, centred=centred)
         found[name] = replace(site, diagnosis=Diagnosis(absmax, *parts))
     return found

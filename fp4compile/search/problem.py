@@ -71,7 +71,8 @@ class SearchOptions:
 class GroupProblem:
     """``weights``: float32 ``[N, K]`` by site name; ``statistics`` of their common input.
 
-    ``tied`` names those that are also looked up as an embedding. ``decided`` holds weights that may
+    ``tied`` names those that are also looked up as an embedding, ``heads`` those whose outputs are
+    logits. ``decided`` holds weights that may
     not change any more (a tied head, when earlier layers were already calibrated on its rows).
     """
 
@@ -79,6 +80,7 @@ class GroupProblem:
     statistics: Statistics
     spec: QuantSpec
     tied: frozenset[str] = frozenset()
+    heads: frozenset[str] = frozenset()
     decided: Mapping[str, WeightQParams] = field(default_factory=dict)
     options: SearchOptions = field(default_factory=SearchOptions)
 

@@ -141,7 +141,7 @@ def weighted_tokens(problem: GroupProblem) -> Tokens:
     x, absmax = statistics.sample, statistics.absmax
     power, of_maximum = torch.zeros(len(x)), torch.zeros(len(absmax))
     for name, weight in problem.weights.items():
-        y = output_power(x, weight, centred=name in problem.tied)
+        y = output_power(x, weight, centred=name in problem.heads)
         mean = y.mean().clamp_min(TINY)
         power += y / mean
         of_maximum += weight.square().sum(dim=0) * absmax.square() / mean
