@@ -22,7 +22,7 @@ from fp4compile.search.candidates import (
     output_errors,
 )
 from fp4compile.search.embedding import lookup_moment, search_embedding, tied_moment
-from fp4compile.search.gptq import compensated
+from fp4compile.search.gptq import SCALE_FACTORS, Compensation
 from fp4compile.search.grid import clip_factors
 from fp4compile.search.problem import SearchOptions
 from fp4compile.search.sorted_errors import channel_errors
@@ -181,7 +181,7 @@ def test_compensated_rounding_keeps_scales_and_beats_the_nearest(fmt):
     x[:, 1:] += x[:, :-1]  # correlated channels are what compensation lives from
     moment = x.t() @ x / len(x)
     nearest = minmax_weight(weight, TensorSpec(4, formats=(fmt.name,)))
-    found = compensated(weight, moment, nearest)
+    found = Compensation(moment).rounded(weight, nearest)
     assert found.scale is nearest.scale
     objective = OutputError.of_inputs(moment)
     before, after = (
@@ -190,10 +190,24 @@ def test_compensated_rounding_keeps_scales_and_beats_the_nearest(fmt):
     assert after < 0.95 * before
 
 
+def test_every_row_takes_the_scale_that_is_best_after_compensation():
+    x, weight = layer(outputs=64)
+    moment = x.t() @ x / len(x)
+    seen, objective = Compensation(moment), OutputError.of_inputs(moment)
+    nearest = minmax_weight(weight, TensorSpec(4))
+    found = seen.rescaled(weight, nearest)
+    least = objective.rows(dequantized(weight, found), weight)
+    for factor in SCALE_FACTORS:
+        other = seen.rounded(weight, replace(nearest, scale=nearest.scale * factor))
+        assert (least <= objective.rows(dequantized(weight, other), weight) * 1.0001).all()
+    chosen = (found.scale / nearest.scale).round(decimals=3).unique()
+    assert len(chosen) == len(SCALE_FACTORS), "rows differ in what is best"
+
+
 def test_compensated_rounding_without_correlation_is_rounding_to_nearest():
     _, weight = layer()
     nearest = minmax_weight(weight, TensorSpec(4))
-    found = compensated(weight, torch.eye(32), nearest)
+    found = Compensation(torch.eye(32)).rounded(weight, nearest)
     assert torch.equal(dequantized(weight, found), dequantized(weight, nearest))
 
 
@@ -201,9 +215,9 @@ def test_compensated_rounding_works_in_blocks_and_in_parts_of_rows(monkeypatch):
     x, weight = layer(outputs=40)
     moment = x.t() @ x
     blocks = blocked_weight(weight, (by_name("e2m1"), by_name("e1m2")), 16, (1.0, 0.85))
-    whole = compensated(weight, moment, blocks)
+    whole = Compensation(moment).rounded(weight, blocks)
     monkeypatch.setattr("fp4compile.weights.ROWS", 16)
-    assert torch.equal(compensated(weight, moment, blocks).packed, whole.packed)
+    assert torch.equal(Compensation(moment).rounded(weight, blocks).packed, whole.packed)
     objective = OutputError.of_inputs(moment)
     errors = [float(objective.rows(dequantized(weight, q), weight).sum()) for q in (blocks, whole)]
     assert errors[1] < errors[0]

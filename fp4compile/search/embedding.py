@@ -8,7 +8,7 @@ from torch import Tensor
 from fp4compile.numerics import power_of_two
 from fp4compile.qparams import TensorSpec, WeightQParams
 from fp4compile.search.candidates import minmax_weight
-from fp4compile.search.gptq import compensated
+from fp4compile.search.gptq import Compensation
 from fp4compile.search.problem import SearchOptions
 from fp4compile.search.tokens import TINY
 from fp4compile.search.weight import OutputError, search_weight
@@ -71,7 +71,7 @@ def search_tied(
     found = search_weight(weight, OutputError.of_inputs(moment), spec.candidates)
     if options.rounding == "nearest":
         return found
-    return compensated(weight, moment, found)
+    return Compensation(moment).rescaled(weight, found)
 
 
 def minmax_embedding(

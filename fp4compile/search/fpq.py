@@ -25,7 +25,7 @@ from fp4compile.search.candidates import (
     output_errors,
 )
 from fp4compile.search.embedding import search_tied
-from fp4compile.search.gptq import compensated
+from fp4compile.search.gptq import Compensation
 from fp4compile.search.problem import GroupProblem
 from fp4compile.search.tokens import Tokens, split, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
@@ -180,11 +180,12 @@ def _alternate(problem: GroupProblem, tokens: Tokens, objective: OutputError) ->
 def _compensated(
     problem: GroupProblem, moment: Tensor, weights: Mapping[str, WeightQParams]
 ) -> dict[str, WeightQParams]:
-    """The same scales with error-compensated rounding; weights decided before stay."""
+    """The same formats with error-compensated rounding; weights decided before stay."""
+    compensation = Compensation(moment)
     return {
         name: qparams
         if name in problem.decided
-        else compensated(problem.weights[name], moment, qparams)
+        else compensation.rescaled(problem.weights[name], qparams)
         for name, qparams in weights.items()
     }
 
