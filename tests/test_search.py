@@ -14,6 +14,7 @@ from fp4compile.numerics import fake_quantize, scale_for_max
 from fp4compile.observers import observe
 from fp4compile.qparams import PRESETS, QuantSpec, TensorSpec
 from fp4compile.search import METHODS, GroupProblem, by_method
+from fp4compile.search.activation import ActivationError, widest_shift
 from fp4compile.search.candidates import (
     apply_activation,
     blocked_weight,
@@ -165,6 +166,19 @@ def test_a_wider_margin_prefers_a_format_of_the_int8_route():
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(SpecError):
         SearchOptions(**wrong)
+
+
+@pytest.mark.parametrize("preset", ["w6a6", "w8a8"])
+def test_the_widest_shifts_undo_any_powers_of_two(preset):
+    spec = QuantSpec.preset(preset)
+    column = torch.randn(600, 1, generator=torch.Generator().manual_seed(0))
+    powers = torch.tensor([0, 3, 7, 5, 1, 0, 6, 2])
+    start = GroupProblem(
+        {"w": torch.randn(12, 8)}, observe([column * torch.exp2(powers)]), spec, options=IN_SAMPLE
+    )
+    tokens, (weights, _) = weighted_tokens(start), minmax_decision(start)
+    found = widest_shift(tokens, ActivationError.of(tokens, start, weights), spec.activation)
+    assert torch.equal(found.long(), powers)
 
 
 def test_a_decided_weight_stays():
