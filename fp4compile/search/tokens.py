@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.formats import FloatFormat
+from fp4compile.search.outputs import output_power
 from fp4compile.search.problem import GroupProblem
 from fp4compile.search.sorted_errors import channel_errors
 
@@ -86,10 +87,6 @@ class Tokens:
         """``x`` with rows times the root of their weight, for sums of weighted squares."""
         return x * self.weight.sqrt()[:, None]
 
-    def mean_power(self, weight: Tensor) -> Tensor:
-        """Weighted mean of ``|x W^T|^2``, 0-d."""
-        return (output_power(self.x, weight) * self.weight).mean()
-
     def moment(self) -> Tensor:
         """Weighted second moment ``[K, K]``, shrunk as :func:`shrunk_moment` says."""
         return shrunk_moment(self.for_moments(self.x), self.shrinkage)
@@ -124,9 +121,9 @@ def shrunk_moment(x: Tensor, shrinkage: float) -> Tensor:
     moment = x.t() @ x
     diagonal = moment.diagonal().clone()
     inverse = diagonal.clamp_min(TINY).reciprocal()
-    square = x.square() * inverse * tokens
+    square, unit = x.square(), inverse * tokens
     # Sums over pairs of channels: of the mean square of their product, and of its squared mean.
-    products = float((square.sum(dim=1).square() - square.square().sum(dim=1)).mean())
+    products = float(((square @ unit).square() - square.square_() @ unit.square()).mean())
     scaled = moment * inverse
     means = float((scaled * scaled.t()).sum() - (diagonal * inverse).sum())
     s = min(1.0, shrinkage * max(0.0, products - means) / (tokens * max(means, TINY)))
@@ -139,8 +136,8 @@ def weighted_tokens(problem: GroupProblem) -> Tokens:
     statistics, options = problem.statistics, problem.options
     x, absmax = statistics.sample, statistics.absmax
     power, of_maximum = torch.zeros(len(x)), torch.zeros(len(absmax))
-    for weight in problem.weights.values():
-        y = output_power(x, weight)
+    for name, weight in problem.weights.items():
+        y = output_power(x, weight, centred=name in problem.heads)
         mean = y.mean().clamp_min(TINY)
         power += y / mean
         of_maximum += weight.square().sum(dim=0) * absmax.square() / mean
@@ -165,12 +162,13 @@ def _damped(power: Tensor, sink_power: float, of_all: Tensor) -> Tensor:
     return 1 / (power + sink_power * of_all.mean().clamp_min(TINY))
 
 
-def output_power(x: Tensor, weight: Tensor) -> Tensor:
-    """``|x W^T|^2`` of every token ``[T]``; a head has far more outputs than channels."""
-    rows, channels = weight.shape
-    if rows < channels:
-        return (x @ weight.t()).square().sum(dim=1)
-    return (x @ (weight.t() @ weight) * x).sum(dim=1)
+def mean_powers(problem: GroupProblem, tokens: Tokens) -> dict[str, Tensor]:
+    """Weighted mean of :func:`output_power` by site, 0-d."""
+    found = {}
+    for name, weight in problem.weights.items():
+        power = output_power(tokens.x, weight, centred=name in problem.heads)
+        found[name] = (power * tokens.weight).mean()
+    return found
 
 
 def split(tokens: Tokens) -> tuple[Tokens, Tokens]:
