@@ -1,7 +1,7 @@
 """The two products of attention on rounded operands: queries with keys, probabilities with values.
 
-LLM-FP4's tables of BERT and ViT quantize them as well: every operand has one static scale per tensor
-and a format of its own.
+LLM-FP4's tables of BERT and ViT quantize them as well: every operand has one static scale per
+tensor and a format of its own.
 """
 
 from __future__ import annotations

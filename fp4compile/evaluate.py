@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from fp4compile.errors import EvaluationError
 
-
 # Tokens that a key-value cache sees first: a quantized one decides the scales of keys by them.
 PROMPT = 64
 

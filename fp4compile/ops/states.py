@@ -1,4 +1,4 @@
-"""``fp4::quantize_states`` and ``fp4::dequantize_states``: keys and values of attention as codes."""
+"""``fp4::quantize_states``, ``fp4::dequantize_states``: keys and values of attention as codes."""
 
 from __future__ import annotations
 

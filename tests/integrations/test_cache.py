@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from models import tiny_llama, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -18,7 +19,6 @@ from fp4compile.integrations.cache import channel_scale
 from fp4compile.lowering.ops.codes import decode, encode
 from fp4compile.numerics import fake_quantize, steps_to_code, value_table
 from fp4compile.ops.states import token_scale
-from models import tiny_llama, tokens
 
 CPU = torch.device("cpu")
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
