@@ -162,14 +162,10 @@ def test_what_a_stack_cannot_do_is_a_clear_error():
         F.linear(torch.randn(5, K), weight)
 
 
-@pytest.mark.parametrize("blocks", [False, True], ids=["channel", "block"])
-def test_a_compiled_stack_runs_in_the_kernels_of_single_weights(blocks):
-    """Many rows, few rows and none, and rows beyond the last expert; bit for bit but for blocks."""
-    weight = stack(blocks)
-    lowering = fp4compile.load_lowerings()
-    choice = lowering.kernel_for(weight, False)
-    assert not choice.is_reference
-    assert choice.problem.startswith(f"grouped linear E={EXPERTS} N={N} K={K}")
+def test_a_compiled_stack_runs_in_the_kernel_of_single_weights():
+    """Many rows, few rows and none, and rows beyond the last expert."""
+    weight = stack(blocks=True)
+    fp4compile.load_lowerings()
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda x, offsets: F.grouped_mm(x, weight, offs=offsets), fullgraph=True, dynamic=True
@@ -178,4 +174,18 @@ def test_a_compiled_stack_runs_in_the_kernels_of_single_weights(blocks):
     for ends in ([3, 3, 150, TOKENS - 20], [0, 1, 2, 7], [0, 0, 0, 0]):
         offsets = torch.tensor(ends, dtype=torch.int32)
         got, expected = compiled(x, offsets), F.grouped_mm(x, weight, offs=offsets)
-        torch.testing.assert_close(got, expected, rtol=1e-5 if blocks else 0, atol=1e-5 * blocks)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_verify_names_the_kernel_of_a_stack():
+    model, x = Experts().eval(), activations().bfloat16()
+    fp4compile.quantize(model, [x], "w4a4", method="minmax", progress=False)
+    eager = model(x)
+    torch._dynamo.reset()
+    fp4compile.compile_model(model)
+    assert torch.equal(model(x), eager)
+    (site,) = fp4compile.verify(model, strict=True).sites
+    (choice,) = model.fp4_report.kernels.values()
+    assert site.kernels == (choice.target,)
+    assert choice.problem.startswith(f"grouped linear E={EXPERTS} N={N} K={K}")

@@ -6,13 +6,22 @@ from typing import Any
 
 import torch
 
+from fp4compile.kernels import REFERENCE, KernelChoice
 from fp4compile.lowering import inductor
-from fp4compile.lowering.choice import choose
+from fp4compile.lowering.choice import choose, record
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import CPU_TARGETS
 
 _OP = torch.ops.fp4.grouped_linear.default
 _reference = inductor.eager_reference(_OP)
+
+
+def choose_for_stack(problem: GemmProblem) -> tuple[Any, KernelChoice]:
+    """As ``choose``, for a stack of experts."""
+    if problem.device != "cpu":
+        reason = "no target of this device has a kernel for stacks of experts"
+        return None, record(problem, REFERENCE, [reason])
+    return choose(problem, CPU_TARGETS)
 
 
 def granularity(operand_scale: Any, block_scale: Any) -> str | None:
@@ -51,7 +60,7 @@ def grouped_linear(
         device=operand.get_device().type,
         experts=experts,
     )
-    target, _ = choose(problem, CPU_TARGETS)
+    target, _ = choose_for_stack(problem)
     if target is None:
         return _reference(
             operand,

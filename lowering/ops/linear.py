@@ -9,9 +9,9 @@ import torch
 from fp4compile.kernels import KernelChoice
 from fp4compile.lowering import inductor, inductor_gpu
 from fp4compile.lowering.choice import choose, log
-from fp4compile.lowering.ops.grouped_linear import granularity
+from fp4compile.lowering.ops.grouped_linear import choose_for_stack, granularity
 from fp4compile.lowering.problem import GemmProblem
-from fp4compile.lowering.targets import CPU_TARGETS, TritonTarget, targets_of
+from fp4compile.lowering.targets import TritonTarget, targets_of
 from fp4compile.ops.quantize_activation import operand_dtype
 from fp4compile.tensor import FP4Tensor
 
@@ -105,4 +105,4 @@ def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
         **_place(weight.device),
         experts=stack[0] if stack else 0,
     )
-    return choose(problem, CPU_TARGETS if stack else targets_of(problem.device))[1]
+    return (choose_for_stack(problem) if stack else choose(problem, targets_of(problem.device)))[1]
