@@ -84,7 +84,6 @@ def order_channels(model: nn.Module) -> dict[str, str]:
         Why weights stay as they are, by name.
     """
     made: dict[int, nn.Parameter] = {}
-    orders: dict[int, Tensor] = {}
     kept: dict[str, str] = {}
     places: list[tuple[nn.Module, str, int]] = []
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -94,12 +93,8 @@ def order_channels(model: nn.Module) -> dict[str, str]:
         if reason is not None or weight.exponent_shift is None:
             kept[name] = reason or ""
             continue
-        # Siblings share the shifts of their activation, and so the order.
-        key = weight.exponent_shift.data_ptr()
-        if key not in orders:
-            orders[key] = channel_order(weight.exponent_shift)
         if id(weight) not in made:
-            sorted_weight = in_order(weight, orders[key])
+            sorted_weight = in_order(weight, channel_order(weight.exponent_shift))
             made[id(weight)] = nn.Parameter(sorted_weight, requires_grad=False)
         owner, _, attribute = name.rpartition(".")
         places.append((model.get_submodule(owner), attribute, id(weight)))

@@ -1,4 +1,4 @@
-"""Lowering of fp4::linears: one kernel on a GPU, else a kernel of each."""
+"""Lowering of fp4::linears: one kernel on NVIDIA's GPUs, else a kernel of each weight."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fp4compile.lowering.choice import choose
 from fp4compile.lowering.ops.linear import granularity_of, linear, place, warn_of_stale_cache
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import TritonTarget, targets_of
+from fp4compile.lowering.targets.triton_gemm import capability
 
 
 @inductor.register(torch.ops.fp4.linears.default)
@@ -48,7 +49,8 @@ def linears(
     )
     facts = (operand_format, operand_outer, operand_shift, shift_block)
     target, _ = choose(problem, targets_of(problem.device))
-    if not isinstance(target, TritonTarget):
+    # Triton's compiler for AMD does not choose among pointers to several buffers.
+    if not isinstance(target, TritonTarget) or not capability(problem):
         return [
             linear(
                 operand,
