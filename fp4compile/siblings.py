@@ -75,9 +75,11 @@ def _key(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return None
     attributes = tuple(getattr(value, name) for name in FP4Tensor.ATTRIBUTES)
     numbers = tuple(_number(getattr(value, name)) for name in _ACTIVATION)
-    if bias is not None and bias not in values:
-        return None  # a result of the graph may come after the first of the siblings
-    kind = None if bias is None else values[bias].dtype
+    kind = None
+    if isinstance(bias, fx.Node):
+        if bias not in values:
+            return None  # what the graph computes may come after the first of the siblings
+        kind = values[bias].dtype
     return (x, attributes, numbers, kind, value.device, value.dtype)
 
 

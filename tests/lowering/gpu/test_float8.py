@@ -49,7 +49,7 @@ def operand(format, *shape):
 
 
 @pytest.mark.parametrize(
-    ("name", "format", "M"), [("sm_90", "e4m3", 20), ("sm_89", "e5m2", 3), ("gfx942", "e4m3", 9)]
+    ("name", "format", "M"), [("sm_90", "e4m3", 20), ("sm_89", "e5m2", 3), ("sm_120", "e4m3", 9)]
 )
 def test_products_are_those_of_the_eager_op(name, format, M):
     from fp4compile.lowering.testing import interpret
@@ -61,7 +61,7 @@ def test_products_are_those_of_the_eager_op(name, format, M):
     assert {choice.target for choice in SEEN} == {"triton_float8"}
 
 
-@pytest.mark.parametrize("format", OCP)
+@pytest.mark.parametrize("format", ["e4m3", pytest.param("e5m2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_instructions(name, format):
     from fp4compile.lowering.testing import compile_for

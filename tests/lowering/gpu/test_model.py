@@ -12,6 +12,7 @@ from models import NormThenLinears, tiny_llama, tokens
 import fp4compile
 from fp4compile.lowering.choice import SEEN
 from fp4compile.lowering.gpus import GPUS
+from fp4compile.tensor import FP4Tensor
 
 GPU = GPUS["sm_90"]
 
@@ -57,6 +58,34 @@ def test_the_operand_is_exact(format, granularity):
         assert torch.equal(fast, slow)
 
 
+NATIVE = fp4compile.QuantSpec(
+    fp4compile.TensorSpec(4, ("e2m1",)),
+    fp4compile.TensorSpec(4, ("e2m1",), granularity="token", exponent_shift=True),
+    fp4compile.TensorSpec(4, ("e2m1",)),
+)
+
+
+def bert():
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = BertConfig(vocab_size=96, num_attention_heads=4, **sizes)
+    return BertModel(config).eval(), tokens(3, 9)
+
+
+def vit():
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = ViTConfig(image_size=16, patch_size=4, num_attention_heads=4, **sizes)
+    return ViTModel(config).eval(), torch.randn(3, 3, 16, 16)
+
+
+ENCODERS = {"bert": bert, "vit": vit}
+
+
 def interpreted(model, inputs, name="sm_90"):
     """Equal to eager; the kernels that the module launches, and the targets of its GEMMs."""
     from fp4compile.lowering.testing import interpret_with_sources
@@ -84,8 +113,44 @@ def test_kernels_of_a_decoder_layer():
 
 @pytest.mark.slow
 def test_llama_with_channels_in_order():
-    model, logits = llama(2)
-    assert not fp4compile.order_channels(model).values() & {"its operand has no exponent shifts"}
+    model, logits = llama(2, NATIVE)
+    for weight in model.parameters():
+        if isinstance(weight, FP4Tensor):
+            weight.exponent_shift = torch.arange(weight.reduction).remainder(4).to(torch.int8)
+    assert fp4compile.order_channels(model) == {}
     counts, targets = interpreted(logits, (tokens(2, 7),), "sm_100")
     assert counts["tem"] == 2 * 4 + 1
     assert targets == {"triton_scaled"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_encoders(family, name):
+    model, inputs = ENCODERS[family]()
+    fp4compile.quantize(model, [inputs], NATIVE, method="minmax", progress=False)
+    counts, targets = interpreted(lambda x: model(x).last_hidden_state, (inputs,), name)
+    # qkv, the attention's output, two linears, in each of two layers; patches, or nothing.
+    assert counts["tem"] == 2 * 4 + {"bert": 1, "vit": 1}[family]
+    assert targets == {"triton_scaled" if name == "sm_120" else "triton_int8"}
+
+
+# SmolLM2-135M: qkv, o, gate with up, down.
+SMOLLM2 = (((576, 192, 192), 576), ((576,), 576), ((1536, 1536), 576), ((576,), 1536))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("M", [1, 40])
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize(("rows", "K"), SMOLLM2, ids=str)
+def test_layers_of_smollm2(rows, K, name, M):
+    from fp4compile.lowering.testing import compile_for, interpret
+    from test_siblings import Siblings, e2m1
+
+    layer, inputs = Siblings(rows, K, "e2m1", False), (e2m1(M, K), torch.rand(M, 1))
+    for part, expected in zip(
+        interpret(layer, inputs, GPUS[name], dynamic=M > 1), layer(*inputs), strict=True
+    ):
+        assert torch.equal(part, expected)
+    (graph,) = compile_for(layer, inputs, GPUS[name], dynamic=M > 1)
+    assert all(kernel.local_memory == 0 for kernel in graph.kernels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -59,8 +61,9 @@ def e2m1(*shape):
     return E2M1[torch.randint(0, 16, shape)]
 
 
-@pytest.mark.parametrize("name", ["sm_100", "sm_120"])
-@pytest.mark.parametrize(("M", "N", "K"), [(5, 70, 1040), (70, 40, 136)])
+@pytest.mark.parametrize(
+    ("name", "M", "N", "K"), [("sm_100", 5, 70, 1040), ("sm_120", 70, 40, 136)]
+)
 def test_e2m1_times_e2m1_is_exact(name, M, N, K):
     layer, inputs = Scaled(N, K), (e2m1(M, K), torch.rand(M, 1))
     assert torch.equal(interpreted(layer, inputs, name), layer(*inputs))
@@ -125,12 +128,12 @@ def check_code(layer, inputs, name, instruction):
     (graph,) = compile_for(layer, inputs, GPUS[name], dynamic=True)
     kernel = next(kernel for kernel in graph.kernels if "_tem_" in kernel.name)
     assert instruction in kernel.assembly
-    assert "bf16" not in kernel.assembly  # what Triton falls back to
+    assert not re.search(r"mma[\w.:]*bf16|mfma\w*bf16", kernel.assembly)  # the fall-back
     assert kernel.local_memory == 0
     assert kernel.shared_memory <= GPUS[name].shared_memory
 
 
-@pytest.mark.parametrize("M", [8, 50, 200])
+@pytest.mark.parametrize("M", [8, pytest.param(50, marks=pytest.mark.slow), 200])
 @pytest.mark.parametrize("name", MXFP4)
 def test_mxfp4_instructions(name, M):
     shift = torch.zeros(512, dtype=torch.int8)
@@ -138,7 +141,7 @@ def test_mxfp4_instructions(name, M):
     check_code(layer, (e2m1(M, 512), torch.rand(M, 1)), name, MXFP4[name])
 
 
-@pytest.mark.parametrize("M", [8, 200])
+@pytest.mark.parametrize("M", [8, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NVFP4)
 def test_nvfp4_instructions(name, M):
     inputs = (e2m1(M, 512), torch.rand(M, 32))
