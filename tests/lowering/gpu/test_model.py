@@ -144,8 +144,9 @@ SMOLLM2 = (((576, 192, 192), 576), ((576,), 576), ((1536, 1536), 576), ((576,), 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize(("rows", "K"), SMOLLM2, ids=str)
 def test_layers_of_smollm2(rows, K, name, M):
-    from fp4compile.lowering.testing import compile_for, interpret
     from test_siblings import Siblings, e2m1
+
+    from fp4compile.lowering.testing import compile_for, interpret
 
     layer, inputs = Siblings(rows, K, "e2m1", False), (e2m1(M, K), torch.rand(M, 1))
     for part, expected in zip(
