@@ -56,7 +56,8 @@ def fp4compile_backend(
     recipe = options.pop("recipe", None)
     if recipe is not None:
         module = quantize_graph(module, example_inputs, recipe)
-    if any(isinstance(value, FP4Tensor) and value.is_cuda for value in example_inputs):
+    weights = [value for value in example_inputs if isinstance(value, FP4Tensor)]
+    if any(weight.device.type == "cuda" for weight in weights):
         module = merge_siblings(module, example_inputs)
     compiled: Callable[..., Any] = load_lowerings().compile_graph(
         module, list(example_inputs), mode, options

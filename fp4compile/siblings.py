@@ -36,7 +36,7 @@ def merge_siblings(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModu
         key = _key(node, values)
         if key is not None:
             groups.setdefault(key, []).append(node)
-    found = [nodes for nodes in groups.values() if 1 < len(nodes) <= MOST and _reads_only(nodes)]
+    found = [nodes for nodes in groups.values() if _can_merge(nodes)]
     for nodes in found:
         _merge(nodes)
     if found:
@@ -85,6 +85,11 @@ def _key(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 def _number(tensor: Tensor | None) -> Any:
     return None if tensor is None else tuple(tensor.flatten().tolist())
+
+
+def _can_merge(linears: Sequence[fx.Node]) -> bool:
+    weights = {node.args[1] for node in linears}
+    return 1 < len(linears) == len(weights) <= MOST and _reads_only(linears)
 
 
 def _reads_only(linears: Sequence[fx.Node]) -> bool:

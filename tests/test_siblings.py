@@ -89,3 +89,16 @@ def test_the_op_is_one_linear_per_weight():
         linear_siblings(x, weights, biases), weights, biases, strict=True
     ):
         assert torch.equal(part, nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.slow  # compiles C++
+def test_inductor_takes_the_rewritten_graph():
+    model, x = quantized("w4a4"), torch.randn(6, 5, 32)
+    lowering = fp4compile.load_lowerings()
+
+    def backend(graph, inputs):
+        return lowering.compile_graph(merge_siblings(graph, inputs), list(inputs), None, {})
+
+    with torch.no_grad():
+        result = torch.compile(model, backend=backend)(x)
+        torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
