@@ -22,13 +22,13 @@ SHIFT_BLOCK = 32
 
 def ordered(x: Tensor, channel_order: Tensor) -> Tensor:
     """Channels ``[..., K]`` as ``channel_order`` lists them; K stands for zeros."""
-    return F.pad(x, (0, 1)).index_select(-1, channel_order)
+    return F.pad(x, (0, 1))[..., channel_order]
 
 
 def unordered(x: Tensor, channel_order: Tensor, channels: int) -> Tensor:
     """The inverse of :func:`ordered`."""
-    padded = x.new_zeros((*x.shape[:-1], channels + 1))
-    return padded.index_copy(-1, channel_order.to(torch.int64), x)[..., :channels]
+    # Each channel is listed once, before what pads: sorted, its place comes at its own number.
+    return x[..., channel_order.argsort()[:channels]]
 
 
 def transformed(
