@@ -27,6 +27,8 @@ class GemmProblem:
     device: str = "cpu"
     architecture: str = ""  # of a GPU, "sm_90" or "gfx942"
     experts: int = 0  # of a stack of weights, each of which has rows of its own; 0: one weight
+    operand_format: str = ""  # whose integer values the operand holds; "" if unknown
+    shift_block: int = 0  # neighbours that share an exponent shift in the operand; 0 without shifts
 
     @property
     def formats(self) -> tuple[FloatFormat, ...]:

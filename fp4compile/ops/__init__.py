@@ -4,6 +4,7 @@ from fp4compile.ops.attend import attend
 from fp4compile.ops.embedding import embedding
 from fp4compile.ops.grouped_linear import grouped_linear
 from fp4compile.ops.linear import linear
+from fp4compile.ops.linears import linears
 from fp4compile.ops.quantize_activation import quantize_activation
 from fp4compile.ops.states import dequantize_states, quantize_states
 
@@ -13,6 +14,7 @@ __all__ = [
     "embedding",
     "grouped_linear",
     "linear",
+    "linears",
     "quantize_activation",
     "quantize_states",
 ]

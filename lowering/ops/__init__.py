@@ -5,8 +5,17 @@ from fp4compile.lowering.ops import (
     embedding,
     grouped_linear,
     linear,
+    linears,
     quantize_activation,
     states,
 )
 
-__all__ = ["attend", "embedding", "grouped_linear", "linear", "quantize_activation", "states"]
+__all__ = [
+    "attend",
+    "embedding",
+    "grouped_linear",
+    "linear",
+    "linears",
+    "quantize_activation",
+    "states",
+]

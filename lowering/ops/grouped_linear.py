@@ -24,7 +24,7 @@ def choose_for_stack(problem: GemmProblem) -> tuple[Any, KernelChoice]:
     return choose(problem, CPU_TARGETS)
 
 
-def granularity(operand_scale: Any, block_scale: Any) -> str | None:
+def granularity_of(operand_scale: Any, block_scale: Any) -> str | None:
     """What shares a scale of the operand."""
     if operand_scale is None:
         return None
@@ -53,7 +53,7 @@ def grouped_linear(
         K=inductor.static_int(operand.get_size()[-1]),
         weight_format=weight_format.lower(),
         operand_dtype=operand.get_dtype(),
-        operand_scale=granularity(operand_scale, block_scale),
+        operand_scale=granularity_of(operand_scale, block_scale),
         block_size=inductor.static_int(block_size),
         bias=False,
         out_dtype=out_dtype,

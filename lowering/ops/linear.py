@@ -9,7 +9,7 @@ import torch
 from fp4compile.kernels import KernelChoice
 from fp4compile.lowering import inductor, inductor_gpu
 from fp4compile.lowering.choice import choose, log
-from fp4compile.lowering.ops.grouped_linear import choose_for_stack, granularity
+from fp4compile.lowering.ops.grouped_linear import choose_for_stack, granularity_of
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import TritonTarget, targets_of
 from fp4compile.ops.quantize_activation import operand_dtype
@@ -30,23 +30,25 @@ def linear(
     out_dtype: torch.dtype,
     block_scale: Any = None,
     block_size: int = 0,
+    operand_format: str = "",
+    operand_outer: Any = None,
+    operand_shift: Any = None,
+    shift_block: int = 0,
 ) -> Any:
     problem = GemmProblem(
         N=inductor.static_int(packed_weight.get_size()[0]),
         K=inductor.static_int(operand.get_size()[-1]),
         weight_format=weight_format.lower(),
         operand_dtype=operand.get_dtype(),
-        operand_scale=granularity(operand_scale, block_scale),
+        operand_scale=granularity_of(operand_scale, block_scale),
         block_size=inductor.static_int(block_size),
         bias=bias is not None,
         out_dtype=out_dtype,
-        **_place(operand.get_device()),
+        **place(operand.get_device()),
+        operand_format=operand_format,
+        shift_block=0 if operand_shift is None else max(1, inductor.static_int(shift_block)),
     )
-    if not inductor.source_hash_installed():
-        log.warning(
-            "post_grad_custom_pre_pass was assigned after fp4compile.lowering was imported; "
-            "Inductor's cache may serve kernels of another version of fp4compile"
-        )
+    warn_of_stale_cache()
     target, _ = choose(problem, targets_of(problem.device))
     if target is None:
         return _reference(
@@ -59,6 +61,10 @@ def linear(
             out_dtype,
             block_scale,
             block_size,
+            operand_format,
+            operand_outer,
+            operand_shift,
+            shift_block,
         )
     inputs = {
         "operand": inductor.as_matrix(operand),
@@ -73,13 +79,24 @@ def linear(
     if isinstance(target, TritonTarget):
         if bias is not None:
             inputs["bias"] = inductor.as_vector(bias)
+        extra = {"operand_outer": operand_outer, "operand_shift": operand_shift}
+        inputs |= {name: inductor.as_vector(extra[name]) for name in target.reads(problem)}
         return inductor_gpu.gemm(target, problem, inputs, batch)
     if bias is not None:
         inputs["bias"] = inductor.as_vector(inductor.to_dtype(bias, torch.float32))
     return inductor.gemm(f"fp4_{target.name}", target.source(problem), problem, inputs, batch)
 
 
-def _place(device: torch.device) -> dict[str, str]:
+def warn_of_stale_cache() -> None:
+    """Where the user's own pass has replaced ours, Inductor's cache does not see our sources."""
+    if not inductor.source_hash_installed():
+        log.warning(
+            "post_grad_custom_pre_pass was assigned after fp4compile.lowering was imported; "
+            "Inductor's cache may serve kernels of another version of fp4compile"
+        )
+
+
+def place(device: torch.device) -> dict[str, str]:
     if device.type != "cuda":
         return {"device": device.type}
     return {"device": device.type, "architecture": inductor_gpu.architecture(device)}
@@ -88,7 +105,7 @@ def _place(device: torch.device) -> dict[str, str]:
 def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
     """The kernel that compiling what uses ``weight`` will use on this machine."""
     *stack, rows, _ = weight.packed_weight.shape
-    columns = weight.reduction
+    columns = weight.codes
     activation = weight.activation_format
     shares = None if activation is None else weight.granularity
     if shares == "block" and columns <= weight.block_size:
@@ -102,7 +119,9 @@ def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
         block_size=weight.block_size,
         bias=bias,
         out_dtype=weight.dtype,
-        **_place(weight.device),
+        **place(weight.device),
+        operand_format=activation or "",
+        shift_block=weight.operand_shift_block,
         experts=stack[0] if stack else 0,
     )
     return (choose_for_stack(problem) if stack else choose(problem, targets_of(problem.device)))[1]
