@@ -94,7 +94,7 @@ def _window_nll(model: nn.Module, ids: Tensor, new_cache: Callable[[], Any] | No
 
 
 def _logits(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits  # type: ignore[no-any-return]  # transformers' results
+    return output if isinstance(output, Tensor) else output.logits
 
 
 def _exp(mean_nll: float) -> float:
