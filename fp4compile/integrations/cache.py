@@ -141,12 +141,14 @@ class QuantizedLayer(_Codes, DynamicLayer):
         super().crop(tokens_to_remove)
         if self.keys is not keys_before:
             length = self.get_seq_length()
-            self.key_scale = self.key_scale[..., :length, :]
-            self.value_scale = self.value_scale[..., :length, :]
+            for name in ("key_scale", "value_scale"):
+                setattr(self, name, getattr(self, name)[..., :length, :])
 
 
 class StaticQuantizedLayer(_Codes, StaticLayer):
     """Codes in memory for ``max_cache_len`` tokens, written in place."""
+
+    cumulative_length: Tensor
 
     def __init__(self, formats: CacheFormats, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)

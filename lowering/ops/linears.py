@@ -46,6 +46,7 @@ def linears(
         out_dtype=out_dtype,
         **place(operand.get_device()),
         operand_format=operand_format,
+        experts=0,
         shift_block=0 if operand_shift is None else max(1, inductor.static_int(shift_block)),
     )
     facts = (operand_format, operand_outer, operand_shift, shift_block)
