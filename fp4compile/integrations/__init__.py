@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from typing import Any
 
 from torch import nn
 from wrapt import when_imported
 
 from fp4compile.compile import load_lowerings
-from fp4compile.errors import CompileError
+from fp4compile.errors import CompileError, MissingDependencyError
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,29 @@ def install_hooks() -> None:
     when_imported("transformers.modeling_utils")(
         lambda _: importlib.import_module("fp4compile.integrations.hf_quantizer")
     )
+
+
+# Name in fp4compile -> the module that has it, which imports torchao.
+TORCHAO = {
+    "FP4Config": "fp4compile.integrations.torchao_config",
+    "FP4Quantizer": "fp4compile.integrations.pt2e",
+}
+
+
+def lazy_attribute(name: str) -> Any:
+    """What ``fp4compile.<name>`` is, where another library must be imported to have it.
+
+    Raises:
+        MissingDependencyError: that library is not installed.
+    """
+    if name not in TORCHAO:
+        raise AttributeError(f"module 'fp4compile' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(TORCHAO[name]), name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"fp4compile.{name} needs torchao: pip install 'fp4compile[torchao]' ({error})"
+        ) from error
 
 
 def attach(model: nn.Module) -> None:
