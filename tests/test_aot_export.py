@@ -41,6 +41,36 @@ def test_the_file_runs_without_fp4compile(llama, package, tmp_path):
         torch.testing.assert_close(got, llama(ids, use_cache=False).logits, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow  # torch's headers
+def test_the_file_runs_from_cpp(llama, package, tmp_path):
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    source = Path(__file__).parents[1] / "examples" / "run_package.cpp"
+    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++20",
+            "-O0",
+            source,
+            *(f"-I{path}" for path in include_paths()),
+            *libraries,
+            *("-ltorch", "-ltorch_cpu", "-lc10", "-o", tmp_path / "run_package"),
+        ],
+        check=True,
+    )
+    ids = tokens(1, 9)
+    words = [str(token) for token in ids[0].tolist()]
+    ran = subprocess.run(
+        [tmp_path / "run_package", package, *words], check=True, capture_output=True, text=True
+    )
+    token, largest = ran.stdout.split()
+    # The same file, run from Python, on the same CPU.
+    expected = fp4compile.load_exported(package)(ids.repeat(2, 1))["logits"][0, -1]
+    assert int(token) == int(expected.argmax())
+    assert float(largest) == pytest.approx(float(expected.max()), rel=1e-5)
+
+
 def test_the_cpu_is_checked_at_load(package, monkeypatch):
     ids = tokens(3, 4)
     assert fp4compile.load_exported(package)(ids)["logits"].shape[:2] == (3, 4)
