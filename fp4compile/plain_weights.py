@@ -36,7 +36,7 @@ def has_folded_shift(weight: FP4Tensor) -> bool:
 
 def _values(weight: FP4Tensor, shifted: bool) -> Tensor:
     values = weight.dequantize()
-    if not shifted or weight.exponent_shift is None:
+    if not shifted or weight.channel_shift is None:
         return values
-    factor = power_of_two(weight.exponent_shift)
+    factor = power_of_two(weight.channel_shift)
     return values * (factor[:, None] if weight.transposed else factor)

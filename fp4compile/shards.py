@@ -40,8 +40,14 @@ def columns(weight: FP4Tensor, start: int, stop: int) -> FP4Tensor:
     """The input channels ``[start, stop)`` of ``weight``: it takes ``x[..., start:stop]``.
 
     Raises:
-        ShardingError: the cut would divide a byte, a block or a rotation.
+        ShardingError: the cut would divide a byte, a block or a rotation, or channels are not in
+            their order.
     """
+    if weight.channel_order is not None:
+        raise ShardingError(
+            "the channels of this weight are ordered by their exponent shifts, so a range of them "
+            "is no range of its codes; divide the model before its channels are ordered"
+        )
     multiple = channel_multiple(weight.weight_format, weight.block_size, weight.rotation)
     if start % multiple or (stop % multiple and stop != weight.reduction):
         raise ShardingError(

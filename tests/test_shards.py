@@ -141,3 +141,7 @@ def test_cuts_that_divide_what_belongs_together_are_refused(case, multiple):
     turned = weight.with_attributes(rotation=32)
     with pytest.raises(ShardingError, match="multiples of 32"):
         columns(turned, 16, 64)
+    ordered = weight.with_attributes()
+    ordered.channel_order = torch.arange(K, dtype=torch.int32)
+    with pytest.raises(ShardingError, match="ordered by their exponent shifts"):
+        columns(ordered, 0, 32)
