@@ -31,14 +31,13 @@ def _fp4(preset: str, granularity: str = "tensor") -> Callable[[Any], Any]:
         import fp4compile
 
         spec = fp4compile.QuantSpec.preset(preset)
-        compiled = fp4compile.quantize_and_compile(
+        return fp4compile.quantize_and_compile(
             model,
             [torch.arange(64)[None]],
             spec.per_token() if granularity == "token" else spec,
             method="minmax",  # as fast as any; speed is what is measured here
             progress=False,
         )
-        return fp4compile.run_as_programs(compiled)
 
     return prepare
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import eval_frame
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fp4compile.program.capture import Capture, Owners, capture
+from fp4compile.generated import GeneratedGraph, KernelCall
+from fp4compile.program.capture import Capture, capture
 from fp4compile.program.merge_siblings import merge_siblings
+from fp4compile.program.owners import Owners
 from fp4compile.program.regions import Region, cut
 from fp4compile.program.replace_attention import replace_attention
 from fp4compile.program.values import (
@@ -21,6 +24,7 @@ from fp4compile.program.values import (
     Flattened,
     NotFlat,
     Results,
+    argument_names,
     fill,
     initialize_caches,
     new_layer,
@@ -30,7 +34,17 @@ logger = logging.getLogger(__name__)
 
 REMEMBERED = 256
 Run = Callable[[list[Any]], Sequence[Any]]
-CompileRegion = Callable[[Region, Any], Run]
+
+
+@dataclass(frozen=True)
+class CompiledRegion:
+    """``run`` computes the outputs from a list of the inputs; ``calls`` are those in its code."""
+
+    run: Run
+    calls: tuple[KernelCall, ...] = ()
+
+
+CompileRegion = Callable[[Region, Any], CompiledRegion]
 
 
 @dataclass(frozen=True)
@@ -55,13 +69,14 @@ class Program:
         produced = [node for region in regions for node in region.outputs]
         place = {node: index for index, node in enumerate([*captured.inputs, *produced])}
         self._size = len(place)
-        compiled: dict[str, Run] = {}
+        compiled: dict[str, CompiledRegion] = {}
         for region in regions:
             if region.key not in compiled:
                 compiled[region.key] = compile_region(region, captured.fake_mode)
         self._steps = [
-            _step(region, compiled[region.key], captured.constants, place) for region in regions
+            _step(region, compiled[region.key].run, captured.constants, place) for region in regions
         ]
+        self.generated = _generated(regions, compiled, captured.codes)
         (returned,) = captured.graph.find_nodes(op="output")[0].args
         self._returned = tuple(
             (place[node], None) if node in place else (-1, captured.constants.get(node, node))
@@ -105,6 +120,22 @@ def _step(
     )
 
 
+def _generated(
+    regions: Sequence[Region],
+    compiled: Mapping[str, CompiledRegion],
+    codes: Mapping[fx.Node, frozenset[int]],
+) -> GeneratedGraph:
+    """What the code of all regions does, as one graph of which the inputs are the codes."""
+    numbers = {node: number for number, node in enumerate(codes)}
+
+    def call_in(region: Region, call: KernelCall) -> KernelCall:
+        read = [region.inputs[position] for position in call.inputs]
+        return replace(call, inputs=frozenset(numbers[node] for node in read if node in numbers))
+
+    calls = [call_in(region, call) for region in regions for call in compiled[region.key].calls]
+    return GeneratedGraph(tuple(calls), {numbers[node]: owners for node, owners in codes.items()})
+
+
 def _update_caches(results: Results, values: Sequence[Any], caches: Sequence[Any]) -> None:
     for cache, states in zip(caches, results.cache_states, strict=True):
         for index, state in enumerate(states):
@@ -146,6 +177,7 @@ class Dispatcher:
     ) -> None:
         self._module, self._compile_region = module, compile_region
         self._otherwise = otherwise
+        self._names = argument_names(module)
         # By key: sizes decide which of a list takes a call.
         self.by_kind: dict[Any, list[Program]] = {}
         self._owners: Owners | None = None
@@ -157,17 +189,26 @@ class Dispatcher:
         """How many were compiled."""
         return sum(map(len, self.by_kind.values()))
 
+    @property
+    def generated(self) -> list[GeneratedGraph]:
+        """The code of every program."""
+        return [program.generated for known in self.by_kind.values() for program in known]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # torch.export or an outer torch.compile
             return self._module._call_impl(*args, **kwargs)
+        if _dynamo_is_off():
+            return self._otherwise(*args, **kwargs)
+        kwargs |= zip(self._names, args, strict=False)
+        args = args[len(self._names) :]
         try:
             initialize_caches(self._module, args, kwargs)
             if torch.is_autocast_enabled("cpu"):
                 raise NotFlat("autocast")
             flat = Flattened((self._module.training, args, kwargs), self._memo)
             program = self._program(flat, args, kwargs)
-        except (NotFlat, GuardOnDataDependentSymNode, DataDependentOutputException) as reason:
-            self._decline(reason)
+        except NotFlat as reason:
+            self._decline(str(reason))
             return self._otherwise(*args, **kwargs)
         with torch.no_grad():
             return program(flat.tensors, flat.caches)
@@ -176,19 +217,42 @@ class Dispatcher:
         if self._owners is None or not self._owners.unchanged():
             self.by_kind.clear()
             self._owners = Owners(self._module)
+        self._owners.check_hooks()
         known = self.by_kind.setdefault(flat.key, [])
         for program in known:
             if program.takes(flat.tensors):
                 return program
-        program = Program(capture(self._module, args, kwargs, flat), self._compile_region)
+        program = Program(_captured(self._module, args, kwargs, flat), self._compile_region)
         known.append(program)
         logger.info(
             "compiled a call of %d regions, %d of them different", program.regions, program.kernels
         )
         return program
 
-    def _decline(self, reason: Exception) -> None:
-        text = f"{type(reason).__name__}: {reason}"
-        if text not in self._declined:
-            self._declined.add(text)
-            logger.warning("a call is compiled by Dynamo, slower to start and to run: %s", text)
+    def _decline(self, reason: str) -> None:
+        if reason not in self._declined:
+            self._declined.add(reason)
+            logger.warning(
+                "a call of %s is compiled by Dynamo, slower to start and to run than a program: %s",
+                type(self._module).__name__,
+                reason,
+            )
+
+
+def _captured(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], flat: Flattened
+) -> Capture:
+    try:
+        return capture(module, args, kwargs, flat)
+    except NotFlat:
+        raise
+    except Exception as error:
+        # Whatever a forward does that cannot be traced; where the forward itself is wrong, it will
+        # raise the same on its other way.
+        reason = str(error).strip().partition("\n")[0]
+        raise NotFlat(f"it cannot be traced: {type(error).__name__}: {reason}") from error
+
+
+def _dynamo_is_off() -> bool:
+    """By ``torch.compiler.set_stance`` or an environment variable of torch's, as for debugging."""
+    return bool(eval_frame._stance.stance != "default" or dynamo_config.disable)

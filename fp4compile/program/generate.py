@@ -37,7 +37,19 @@ class GenerateWithStaticCache:
         return use_cache is not False and all(value is None for value in asked)
 
 
-def takes_static_cache(model: Any) -> bool:
+def use_static_cache(model: Any) -> None:
+    """Let ``model.generate`` ask for a static cache, if ``model`` can have one."""
+    if _takes_static_cache(model):
+        vars(model)["generate"] = GenerateWithStaticCache(model, model.generate)
+
+
+def leave_generate(model: Any) -> None:
+    """Undo :func:`use_static_cache`."""
+    if isinstance(vars(model).get("generate"), GenerateWithStaticCache):
+        del vars(model)["generate"]
+
+
+def _takes_static_cache(model: Any) -> bool:
     """Whether ``model`` generates, and every layer of its cache can be of fixed length."""
     if not hasattr(model, "generate") or not getattr(model, "_can_compile_fullgraph", False):
         return False

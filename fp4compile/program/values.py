@@ -7,10 +7,12 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
+from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # What may stand between tensors; equal ones make equal programs.
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -309,3 +311,15 @@ def initialize_caches(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _waits(cache: Any) -> bool:
     static = cache_types()[0][:1]
     return type(cache) in static and not all(layer.is_initialized for layer in cache.layers)
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the positional arguments of ``module``'s forward that keywords may name too.
+
+    Named by all, they make one kind of call of what some callers name and some do not.
+    """
+    parameters = list(signature(module.forward).parameters.values())
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return ()
+    named = takewhile(lambda each: each.kind is each.POSITIONAL_OR_KEYWORD, parameters)
+    return tuple(parameter.name for parameter in named)

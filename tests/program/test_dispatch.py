@@ -12,9 +12,8 @@ from models import tiny_llama, tokens
 from torch import nn
 
 import fp4compile
-from fp4compile.compile import compile_model, run_as_programs
-from fp4compile.errors import CompileError
-from fp4compile.program.dispatch import Dispatcher, Run
+from fp4compile.compile import compile_model
+from fp4compile.program.dispatch import CompiledRegion, Dispatcher
 from fp4compile.program.regions import Region
 from fp4compile.tensor import FP4Tensor
 
@@ -29,14 +28,14 @@ def eager() -> nn.Module:
     )
 
 
-def run_eagerly(region: Region, _: Any) -> Run:
+def run_eagerly(region: Region, _: Any) -> CompiledRegion:
     """Inductor's part is tested in tests/lowering; here its place is taken by the graph itself."""
     module = torch.fx.GraphModule({}, region.graph)
-    return lambda arguments: module(*arguments)
+    return CompiledRegion(lambda arguments: module(*arguments))
 
 
 def with_programs(model: nn.Module) -> nn.Module:
-    model = run_as_programs(compile_model(copy.deepcopy(model)))
+    model = compile_model(copy.deepcopy(model))
     dynamo = model._compiled_call_impl._otherwise
     model._compiled_call_impl = Dispatcher(model, run_eagerly, dynamo)
     return model
@@ -138,8 +137,3 @@ def test_new_weights_are_noticed(eager):
         for changed in (model, expected):
             changed.model.norm.weight = nn.Parameter(changed.model.norm.weight / 2)
         torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=2e-2, atol=2e-2)
-
-
-def test_only_compiled_models_run_as_programs(eager):
-    with pytest.raises(CompileError, match="compile_model first"):
-        run_as_programs(copy.deepcopy(eager))
