@@ -118,7 +118,7 @@ def _compile(model: nn.Module, lowering: ModuleType, *, programs: bool) -> None:
     dynamo = model._compiled_call_impl
     assert dynamo is not None
     compile_region = partial(_compile_region, lowering)
-    model._compiled_call_impl = Dispatcher(model, compile_region, dynamo)
+    model._compiled_call_impl = Dispatcher(model, compile_region, dynamo, lowering.Recording)
     use_static_cache(model)
 
 

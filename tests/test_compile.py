@@ -61,6 +61,13 @@ def test_generate_equals_eager_without_compiling_again(eager, compiled):
     assert programs(compiled) == before
 
 
+def test_decode_steps_are_repeated_natively(eager, compiled):
+    prompt = tokens(2, 6)
+    compiled.generate(prompt, max_new_tokens=5, do_sample=False)
+    known = compiled._compiled_call_impl.by_kind.values()
+    assert any(program.repeats for programs in known for program in programs)
+
+
 def test_nothing_is_left_to_dynamo(compiled):
     assert not counters["stats"]["unique_graphs"]
 

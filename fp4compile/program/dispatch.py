@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fp4compile.program.merge_siblings import merge_siblings
 from fp4compile.program.owners import Owners
 from fp4compile.program.regions import Region, cut
 from fp4compile.program.replace_attention import replace_attention
+from fp4compile.program.replay import Recording, Replays
 from fp4compile.program.values import (
     CacheMemo,
     Flattened,
@@ -45,6 +47,7 @@ class CompiledRegion:
 
 
 CompileRegion = Callable[[Region, Any], CompiledRegion]
+Record = Callable[[Sequence[Run]], Recording]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ class Step:
 class Program:
     """A compiled kind of call."""
 
-    def __init__(self, captured: Capture, compile_region: CompileRegion) -> None:
+    def __init__(
+        self, captured: Capture, compile_region: CompileRegion, record: Record | None
+    ) -> None:
         merge_siblings(captured)
         replace_attention(captured)
         regions = cut(captured.graph)
@@ -87,12 +92,26 @@ class Program:
         assert shape_env is not None
         self._sizes = Sizes([node.meta["val"] for node in captured.inputs], shape_env)
         self.regions, self.kernels = len(regions), len(compiled)
+        runs = [region.run for region in compiled.values()]
+        self._replays = Replays(
+            self._evaluate, record and partial(record, runs), captured.constants.values()
+        )
 
     def takes(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors have sizes that the program was compiled for."""
         return self._sizes.hold(tensors)
 
-    def __call__(self, tensors: Sequence[Tensor], caches: Sequence[Any]) -> Any:
+    @property
+    def repeats(self) -> bool:
+        """Whether steps of the last cache are repeated, kernel by kernel."""
+        return self._replays.taped
+
+    def __call__(self, flat: Flattened) -> Any:
+        returned = self._replays(flat)
+        _update_caches(self._results, returned, flat.caches)
+        return fill(self._results.result, returned, flat.caches)
+
+    def _evaluate(self, tensors: Sequence[Tensor]) -> list[Any]:
         values = [*tensors, *[None] * (self._size - len(tensors))]
         for step in self._steps:
             arguments = step.arguments.copy()
@@ -100,9 +119,7 @@ class Program:
                 arguments[position] = values[index]
             for index, result in zip(step.outputs, step.run(arguments), strict=True):
                 values[index] = result
-        returned = [values[index] if index >= 0 else constant for index, constant in self._returned]
-        _update_caches(self._results, returned, caches)
-        return fill(self._results.result, returned, caches)
+        return [values[index] if index >= 0 else constant for index, constant in self._returned]
 
 
 def _step(
@@ -170,12 +187,19 @@ class Sizes:
 
 
 class Dispatcher:
-    """Calls ``module`` through programs compiled on first use; ``otherwise`` takes the rest."""
+    """Calls ``module`` through programs compiled on first use; ``otherwise`` takes the rest.
+
+    ``record``: makes what records the kernels of compiled regions, so that steps are repeated.
+    """
 
     def __init__(
-        self, module: nn.Module, compile_region: CompileRegion, otherwise: Callable[..., Any]
+        self,
+        module: nn.Module,
+        compile_region: CompileRegion,
+        otherwise: Callable[..., Any],
+        record: Record | None = None,
     ) -> None:
-        self._module, self._compile_region = module, compile_region
+        self._module, self._compile_region, self._record = module, compile_region, record
         self._otherwise = otherwise
         self._names = argument_names(module)
         # By key: sizes decide which of a list takes a call.
@@ -211,7 +235,7 @@ class Dispatcher:
             self._decline(str(reason))
             return self._otherwise(*args, **kwargs)
         with torch.no_grad():
-            return program(flat.tensors, flat.caches)
+            return program(flat)
 
     def _program(self, flat: Flattened, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         if self._owners is None or not self._owners.unchanged():
@@ -222,7 +246,8 @@ class Dispatcher:
         for program in known:
             if program.takes(flat.tensors):
                 return program
-        program = Program(_captured(self._module, args, kwargs, flat), self._compile_region)
+        captured = _captured(self._module, args, kwargs, flat)
+        program = Program(captured, self._compile_region, self._record)
         known.append(program)
         logger.info(
             "compiled a call of %d regions, %d of them different", program.regions, program.kernels

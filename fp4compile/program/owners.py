@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ class Owners:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._held: list[tuple[dict[str, Any], str, Any]] = []
+        self._dicts: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._values: list[Any] = []
         self._dtypes: list[tuple[Tensor, torch.dtype]] = []
         self._hooks: list[dict[Any, Any]] = []
         configurations: dict[int, Any] = {}
@@ -38,20 +41,26 @@ class Owners:
         ]
 
     def _add(self, held: dict[str, Any], name: str, value: Any) -> None:
-        self._held.append((held, name, value))
+        self._hold(held, name, value)
         if not isinstance(value, Tensor):
             return
         if is_traceable_wrapper_subclass(value):
             # Conversions swap all that is inside; one part tells.
             inner = value.__tensor_flatten__()[0][0]
-            self._held.append((value.__dict__, inner, getattr(value, inner)))
+            self._hold(value.__dict__, inner, getattr(value, inner))
         else:
             self._dtypes.append((value, value.dtype))
 
+    def _hold(self, held: dict[str, Any], name: str, value: Any) -> None:
+        self._dicts.append(held)
+        self._names.append(name)
+        self._values.append(value)
+
     def unchanged(self) -> bool:
         """Whether the module has the same parts of the same dtypes, configured as before."""
+        # A loop in Python over a thousand of them takes longer than a layer.
         return (
-            all(held.get(name) is value for held, name, value in self._held)
+            all(map(is_, map(dict.get, self._dicts, self._names), self._values))
             and all(value.dtype is dtype for value, dtype in self._dtypes)
             and all(_constants(each) == before for each, before in self._configurations)
         )

@@ -30,6 +30,13 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class InputTensor:
+    """Stands for the tensor at ``index`` of those that the caller passed in."""
+
+    index: int
+
+
+@dataclass(frozen=True)
 class InputCache:
     """Stands for the ``index``-th cache that the caller passed in."""
 
@@ -108,16 +115,26 @@ class CacheMemo:
 
 
 class Flattened:
-    """``tensors`` and ``caches`` of a call in order of appearance, and the ``key`` of the rest."""
+    """``tensors`` and ``caches`` of a call in order of appearance, and the ``key`` of the rest.
+
+    ``flat_caches`` are the caches as they were flattened, the same objects as in the call before
+    where nothing of a cache was replaced.
+    """
 
     def __init__(self, value: Any, memo: CacheMemo | None = None) -> None:
         self._memo = memo or CacheMemo()
         self.tensors: list[Tensor] = []
         self.caches: list[Any] = []
+        self.flat_caches: list[FlatCache] = []
         self.cached: set[int] = set()  # which of the tensors are in caches
         key: list[Any] = []
         self._add(value, key)
         self.key = tuple(key)
+
+    @property
+    def uncached(self) -> list[int]:
+        """Which of the tensors are in no cache."""
+        return [index for index in range(len(self.tensors)) if index not in self.cached]
 
     def _add(self, value: Any, key: list[Any]) -> None:
         if isinstance(value, Tensor):
@@ -148,6 +165,7 @@ class Flattened:
     def _add_cache(self, cache: Any, key: list[Any]) -> None:
         self.caches.append(cache)
         flat = self._memo.flat(cache)
+        self.flat_caches.append(flat)
         self.cached.update(range(len(self.tensors), len(self.tensors) + len(flat.tensors)))
         self.tensors.extend(flat.tensors)
         key.extend(flat.key)
