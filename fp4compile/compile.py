@@ -15,8 +15,9 @@ import torch
 from torch import fx, nn
 
 from fp4compile.coverage import attributed, recorded
-from fp4compile.program.dispatch import CompiledRegion, Dispatcher
+from fp4compile.program.dispatch import Dispatcher
 from fp4compile.program.generate import leave_generate, use_static_cache
+from fp4compile.program.program import CompiledRegion
 from fp4compile.program.regions import Region
 from fp4compile.quantize_graph import quantize_graph
 from fp4compile.report import Report

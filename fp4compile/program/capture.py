@@ -20,7 +20,8 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fp4compile.program.owners import attributes_kept
-from fp4compile.program.values import Flattened, NotFlat, Results, fixed_dims, states, substitute
+from fp4compile.program.results import Results, states
+from fp4compile.program.values import Flattened, NotFlat, fixed_dims, substitute
 from fp4compile.tensor import FP4Tensor
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 import fp4compile
 from fp4compile.compile import compile_model
-from fp4compile.program.dispatch import CompiledRegion, Dispatcher
+from fp4compile.program.dispatch import Dispatcher
+from fp4compile.program.program import CompiledRegion
 from fp4compile.program.regions import Region
 from fp4compile.tensor import FP4Tensor
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp4compile.program.dispatch import CompiledRegion, Dispatcher
+from fp4compile.program.dispatch import Dispatcher
 from fp4compile.program.owners import Owners, attributes_kept
+from fp4compile.program.program import CompiledRegion
 from fp4compile.program.regions import Region
 from fp4compile.program.values import NotFlat
 
