@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,20 @@ from fp4compile.program.values import (
 logger = logging.getLogger(__name__)
 
 
+class _Steady(threading.local):
+    """The owners that were checked in the steady section that this thread is in, if any."""
+
+    def __init__(self) -> None:
+        self.since: list[Owners] | None = None
+
+    def has(self, owners: Owners | None) -> bool:
+        return bool(self.since) and self.since[-1] is owners  # type: ignore[index]
+
+    def note(self, owners: Owners) -> None:
+        if self.since is not None:
+            self.since.append(owners)
+
+
 class Dispatcher:
     """Calls ``module`` through programs compiled on first use; ``otherwise`` takes the rest.
 
@@ -46,6 +62,7 @@ class Dispatcher:
         self.by_kind: dict[Any, list[Program]] = {}
         self._owners: Owners | None = None
         self._memo = CacheMemo()
+        self._steady = _Steady()
         self._declined: set[str] = set()
 
     @property
@@ -57,6 +74,15 @@ class Dispatcher:
     def generated(self) -> list[GeneratedGraph]:
         """The code of every program."""
         return [program.generated for known in self.by_kind.values() for program in known]
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Inside, and in this thread, only the first call looks whether the module has changed."""
+        before, self._steady.since = self._steady.since, []
+        try:
+            yield
+        finally:
+            self._steady.since = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # torch.export or an outer torch.compile
@@ -78,10 +104,8 @@ class Dispatcher:
             return program(flat)
 
     def _program(self, flat: Flattened, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        if self._owners is None or not self._owners.unchanged():
-            self.by_kind.clear()
-            self._owners = Owners(self._module)
-        self._owners.check_hooks()
+        if not self._steady.has(self._owners):
+            self._look_at_module()
         known = self.by_kind.setdefault(flat.key, [])
         for program in known:
             if program.takes(flat.tensors):
@@ -93,6 +117,13 @@ class Dispatcher:
             "compiled a call of %d regions, %d of them different", program.regions, program.kernels
         )
         return program
+
+    def _look_at_module(self) -> None:
+        if self._owners is None or not self._owners.unchanged():
+            self.by_kind.clear()
+            self._owners = Owners(self._module)
+        self._owners.check_hooks()
+        self._steady.note(self._owners)
 
     def _decline(self, reason: str) -> None:
         if reason not in self._declined:

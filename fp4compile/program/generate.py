@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+
+from fp4compile.program.dispatch import Dispatcher
 
 # Arguments of ``generate`` that decide the cache themselves or need one that can be cut back.
 _OTHERWISE = (
@@ -19,7 +22,10 @@ _OTHERWISE = (
 
 
 class GenerateWithStaticCache:
-    """Stands in for ``model.generate``: asks for a static cache where nothing else is asked for."""
+    """Stands in for ``model.generate``: asks for a static cache where nothing else is asked for.
+
+    Its steps are calls of one model that nobody changes in between.
+    """
 
     def __init__(self, model: Any, generate: Callable[..., Any]) -> None:
         functools.update_wrapper(self, generate)
@@ -28,7 +34,9 @@ class GenerateWithStaticCache:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._may_choose(kwargs):
             kwargs["cache_implementation"] = "static"
-        return self._generate(*args, **kwargs)
+        call = self._model._compiled_call_impl
+        with call.steady() if isinstance(call, Dispatcher) else nullcontext():
+            return self._generate(*args, **kwargs)
 
     def _may_choose(self, kwargs: dict[str, Any]) -> bool:
         config = kwargs.get("generation_config") or self._model.generation_config

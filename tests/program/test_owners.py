@@ -126,3 +126,16 @@ def test_a_stance_of_torch_turns_programs_off():
     with torch.compiler.set_stance("force_eager"):
         assert programs(torch.ones(3, 4)) == "elsewhere"
     assert programs(torch.ones(3, 4)).shape == (3, 4)
+
+
+def test_in_a_steady_section_the_module_is_looked_at_once(monkeypatch):
+    looked = []
+    monkeypatch.setattr(Owners, "unchanged", lambda self: bool(looked.append(self)) or True)
+    programs, x = dispatcher(Small()), torch.randn(3, 4)
+    programs(x)
+    with programs.steady():
+        for _ in range(3):
+            programs(x)
+    assert len(looked) == 1
+    programs(x)
+    assert len(looked) == 2
