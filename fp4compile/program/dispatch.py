@@ -89,8 +89,9 @@ class Dispatcher:
             return self._module._call_impl(*args, **kwargs)
         if _dynamo_is_off():
             return self._otherwise(*args, **kwargs)
-        kwargs |= zip(self._names, args, strict=False)
-        args = args[len(self._names) :]
+        named = dict(zip(self._names, args, strict=False))
+        if named.keys().isdisjoint(kwargs):  # else the forward says what is wrong
+            args, kwargs = args[len(named) :], {**named, **kwargs}
         try:
             initialize_caches(self._module, args, kwargs)
             if torch.is_autocast_enabled("cpu"):

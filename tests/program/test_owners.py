@@ -121,6 +121,10 @@ def test_named_and_positional_arguments_are_one_kind():
     assert programs.programs == 1
 
 
+def test_an_argument_given_twice_is_not_taken():
+    assert dispatcher(Small())(torch.ones(3, 4), x=torch.ones(3, 4)) == "elsewhere"
+
+
 def test_a_stance_of_torch_turns_programs_off():
     programs = dispatcher(Small())
     with torch.compiler.set_stance("force_eager"):
