@@ -96,7 +96,7 @@ def _is_kernel(value: Any) -> bool:
     return (
         type(value) is type(len)
         and value.__name__ == "kernel"
-        and getattr(value.__self__, "__file__", None) is not None
+        and getattr(getattr(value, "__self__", None), "__file__", None) is not None
     )
 
 

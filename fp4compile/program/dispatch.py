@@ -42,6 +42,14 @@ class _Steady(threading.local):
             self.since.append(owners)
 
 
+class _Untraceable(NotFlat):
+    """A kind of call that cannot be traced."""
+
+    def __init__(self, key: Any, reason: str) -> None:
+        super().__init__(reason)
+        self.key = key
+
+
 class Dispatcher:
     """Calls ``module`` through programs compiled on first use; ``otherwise`` takes the rest.
 
@@ -60,6 +68,7 @@ class Dispatcher:
         self._names = argument_names(module)
         # By key: sizes decide which of a list takes a call.
         self.by_kind: dict[Any, list[Program]] = {}
+        self._untraceable: dict[Any, str] = {}  # by key too: tracing takes seconds
         self._owners: Owners | None = None
         self._memo = CacheMemo()
         self._steady = _Steady()
@@ -100,7 +109,10 @@ class Dispatcher:
             program = self._program(flat, args, kwargs)
         except NotFlat as reason:
             self._decline(str(reason))
-            return self._otherwise(*args, **kwargs)
+            result = self._otherwise(*args, **kwargs)
+            if isinstance(reason, _Untraceable):  # and not the caller's mistake
+                self._untraceable[reason.key] = str(reason)
+            return result
         with torch.no_grad():
             return program(flat)
 
@@ -111,6 +123,8 @@ class Dispatcher:
         for program in known:
             if program.takes(flat.tensors):
                 return program
+        if flat.key in self._untraceable:
+            raise NotFlat(self._untraceable[flat.key])
         captured = _captured(self._module, args, kwargs, flat)
         program = Program(captured, self._compile_region, self._record)
         known.append(program)
@@ -122,6 +136,7 @@ class Dispatcher:
     def _look_at_module(self) -> None:
         if self._owners is None or not self._owners.unchanged():
             self.by_kind.clear()
+            self._untraceable.clear()
             self._owners = Owners(self._module)
         self._owners.check_hooks()
         self._steady.note(self._owners)
@@ -141,13 +156,14 @@ def _captured(
 ) -> Capture:
     try:
         return capture(module, args, kwargs, flat)
-    except NotFlat:
-        raise
+    except NotFlat as error:
+        raise _Untraceable(flat.key, str(error)) from error
     except Exception as error:
         # Whatever a forward does that cannot be traced; where the forward itself is wrong, it will
         # raise the same on its other way.
         reason = str(error).strip().partition("\n")[0]
-        raise NotFlat(f"it cannot be traced: {type(error).__name__}: {reason}") from error
+        text = f"it cannot be traced: {type(error).__name__}: {reason}"
+        raise _Untraceable(flat.key, text) from error
 
 
 def _dynamo_is_off() -> bool:

@@ -107,6 +107,28 @@ def test_forwards_that_a_program_would_not_repeat_go_elsewhere(kind, reason, cap
     assert (dict(vars(module)), dict(module._buffers)) == before
 
 
+def test_what_cannot_be_traced_is_tried_once():
+    traced, x = [], torch.ones(3, 4)
+
+    class Noted(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            traced.append(type(x))
+            return super().forward(x)
+
+    programs = dispatcher(Noted())
+    assert [programs(x), programs(x), programs(-x)] == ["elsewhere"] * 3
+    assert len(traced) == 1
+
+
+def test_a_mistake_of_the_caller_leaves_the_kind_traceable():
+    module = Small()
+    programs = Dispatcher(module, run_eagerly, module.forward)
+    with pytest.raises(RuntimeError):
+        programs(torch.ones(3, 5))
+    programs(torch.ones(3, 4))
+    assert programs.programs == 1
+
+
 def test_attributes_are_put_back_after_an_error():
     module = Small()
     with pytest.raises(NotFlat, match=r"sets Linear\.extra"), attributes_kept(module):
