@@ -77,7 +77,10 @@ class Recording(TorchDispatchMode):
         return call
 
     def replay(self) -> Callable[[], None]:
-        """A function that makes all calls again; the caller keeps ``tensors`` where they are."""
+        """A function that makes all calls again; the caller keeps ``tensors`` where they are.
+
+        It raises RuntimeError with what a kernel throws, as the generated code does.
+        """
         addresses = [address for address, _ in self._calls]
         counts = [len(numbers) for _, numbers in self._calls]
         flat = [number for _, numbers in self._calls for number in numbers]
@@ -88,7 +91,13 @@ class Recording(TorchDispatchMode):
             len(addresses),
         )
         native = _native()
-        return lambda: native(*arguments)
+
+        def replay() -> None:
+            thrown = native(*arguments)
+            if thrown is not None:
+                raise RuntimeError(thrown.decode())
+
+        return replay
 
 
 def _is_kernel(value: Any) -> bool:
@@ -116,5 +125,5 @@ def _native() -> Any:
         ctypes.POINTER(ctypes.c_int64),
         ctypes.c_int64,
     )
-    function.restype = None
+    function.restype = ctypes.c_char_p
     return function

@@ -1,6 +1,8 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
+#include <string>
 #include <utility>
 
 namespace {
@@ -29,9 +31,18 @@ constexpr auto CALLERS = callers(std::make_index_sequence<MAX_ARGUMENTS + 1>());
 
 }  // namespace
 
-extern "C" void replay(void* const* kernels, const int64_t* counts, const int64_t* numbers, int64_t calls) {
-    for (int64_t call = 0; call < calls; call++) {
-        CALLERS[counts[call]](kernels[call], numbers);
-        numbers += counts[call];
+// Returns what a kernel threw, of an index out of bounds for example, or null.
+extern "C" const char* replay(
+    void* const* kernels, const int64_t* counts, const int64_t* numbers, int64_t calls) {
+    thread_local std::string thrown;
+    try {
+        for (int64_t call = 0; call < calls; call++) {
+            CALLERS[counts[call]](kernels[call], numbers);
+            numbers += counts[call];
+        }
+    } catch (const std::exception& error) {
+        thrown = error.what();
+        return thrown.c_str();
     }
+    return nullptr;
 }

@@ -24,7 +24,7 @@ def compiled(function: Any, *inputs: Tensor) -> Any:
 
 def norm(x: Tensor, y: Tensor) -> list[Tensor]:
     scaled = x / x.square().sum(1, keepdim=True)
-    return [scaled.cumsum(0), scaled * y.sum()]
+    return [scaled.amax(0), scaled * y.sum()]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,20 @@ def test_kernels_compute_again_what_the_code_did(region):
         y.normal_()
         replay()
         torch.testing.assert_close(list(results), norm(x, y))
+
+
+def test_what_a_kernel_throws_is_raised():
+    x, rows = torch.randn(5, 8), torch.tensor([1, 4])
+    region = compiled(lambda x, rows: [x[rows] + 1], x, rows)
+    with lowering.Recording([region]) as recording:
+        (result,) = region([x, rows])
+    replay = recording.replay()
+    rows[0] = 2
+    replay()
+    assert torch.equal(result, x[[2, 4]] + 1)
+    rows[0] = 7
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        replay()
 
 
 def test_recording_leaves_the_code_as_it_was(region):
