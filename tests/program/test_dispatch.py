@@ -138,3 +138,18 @@ def test_new_weights_are_noticed(eager):
         for changed in (model, expected):
             changed.model.norm.weight = nn.Parameter(changed.model.norm.weight / 2)
         torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=2e-2, atol=2e-2)
+
+
+@torch.no_grad()
+def test_merged_weights_are_saved_copied_and_loaded_as_others(eager, compiled, tmp_path):
+    ids = tokens(2, 9)
+    expected = eager(ids).logits
+    compiled.save_pretrained(tmp_path)
+    assert torch.equal(type(compiled).from_pretrained(tmp_path)(ids).logits, expected)
+    assert torch.equal(copy.deepcopy(compiled)(ids).logits, expected)
+    before = compiled(ids).logits
+    compiled.load_state_dict(eager.state_dict())
+    assert torch.equal(compiled(ids).logits, before)
+    fresh = copy.deepcopy(eager)
+    fresh.load_state_dict(compiled.state_dict())
+    assert torch.equal(fresh(ids).logits, expected)
