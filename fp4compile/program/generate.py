@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +19,9 @@ _OTHERWISE = (
     "assistant_early_exit",
     "prompt_lookup_num_tokens",
     "custom_generate",
+    "is_assistant",
+    "speculation_type",
+    "use_mtp",
 )
 
 
@@ -32,8 +36,8 @@ class GenerateWithStaticCache:
         self._model, self._generate = model, generate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._may_choose(kwargs):
-            kwargs["cache_implementation"] = "static"
+        if len(args) < 2 and self._may_choose(kwargs):  # the second one is a generation config
+            _ask_for_static_cache(kwargs)
         call = self._model._compiled_call_impl
         with call.steady() if isinstance(call, Dispatcher) else nullcontext():
             return self._generate(*args, **kwargs)
@@ -42,7 +46,17 @@ class GenerateWithStaticCache:
         config = kwargs.get("generation_config") or self._model.generation_config
         use_cache = kwargs.get("use_cache", config.use_cache)
         asked = [kwargs.get(name, getattr(config, name, None)) for name in _OTHERWISE]
-        return use_cache is not False and all(value is None for value in asked)
+        return use_cache is not False and all(value is None or value is False for value in asked)
+
+
+def _ask_for_static_cache(kwargs: dict[str, Any]) -> None:
+    config = kwargs.get("generation_config")
+    if config is None:
+        kwargs["cache_implementation"] = "static"
+        return
+    # Transformers does not like both; and the caller's own stays as it is.
+    kwargs["generation_config"] = config = copy.copy(config)
+    config.cache_implementation = "static"
 
 
 def use_static_cache(model: Any) -> None:

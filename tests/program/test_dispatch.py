@@ -130,6 +130,24 @@ def test_generate_takes_the_cache_that_it_is_given(eager, compiled):
     assert torch.equal(got, eager.generate(prompt, max_new_tokens=4, **GREEDY))
 
 
+@pytest.mark.parametrize("role", ["draft", "target"])
+def test_assisted_generation_is_left_its_cache(eager, compiled, role):
+    other, prompt = tiny_llama(layers=1), tokens(1, 6)
+    target, draft = (other, compiled) if role == "draft" else (compiled, other)
+    expected = (other if role == "draft" else eager).generate(prompt, max_new_tokens=4, **GREEDY)
+    got = target.generate(prompt, assistant_model=draft, max_new_tokens=4, **GREEDY)
+    assert torch.equal(got, expected)
+
+
+def test_a_generation_config_is_not_changed(eager, compiled):
+    config = copy.deepcopy(compiled.generation_config)
+    config.max_new_tokens, config.do_sample = 4, False
+    before, prompt = config.to_dict(), tokens(1, 5)
+    got = compiled.generate(prompt, generation_config=config)
+    assert torch.equal(got, eager.generate(prompt, generation_config=config))
+    assert config.to_dict() == before
+
+
 def test_new_weights_are_noticed(eager):
     model, expected = with_programs(eager), copy.deepcopy(eager)
     ids = tokens(1, 5)
