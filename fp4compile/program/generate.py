@@ -31,9 +31,14 @@ class GenerateWithStaticCache:
     Its steps are calls of one model that nobody changes in between.
     """
 
-    def __init__(self, model: Any, generate: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, generate)
-        self._model, self._generate = model, generate
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._generate: Callable[..., Any] = type(model).generate.__get__(model)
+        functools.update_wrapper(self, self._generate)
+
+    def __reduce__(self) -> Any:
+        # What it wraps is found again; transformers' decorators cannot be pickled.
+        return GenerateWithStaticCache, (self._model,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) < 2 and self._may_choose(kwargs):  # the second one is a generation config
@@ -61,8 +66,8 @@ def _ask_for_static_cache(kwargs: dict[str, Any]) -> None:
 
 def use_static_cache(model: Any) -> None:
     """Let ``model.generate`` ask for a static cache, if ``model`` can have one."""
-    if _takes_static_cache(model):
-        vars(model)["generate"] = GenerateWithStaticCache(model, model.generate)
+    if _takes_static_cache(model) and "generate" not in vars(model):
+        vars(model)["generate"] = GenerateWithStaticCache(model)
 
 
 def leave_generate(model: Any) -> None:

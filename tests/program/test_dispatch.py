@@ -165,6 +165,9 @@ def test_merged_weights_are_saved_copied_and_loaded_as_others(eager, compiled, t
     compiled.save_pretrained(tmp_path)
     assert torch.equal(type(compiled).from_pretrained(tmp_path)(ids).logits, expected)
     assert torch.equal(copy.deepcopy(compiled)(ids).logits, expected)
+    torch.save(compiled, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert torch.equal(whole(ids).logits, expected)
     before = compiled(ids).logits
     compiled.load_state_dict(eager.state_dict())
     assert torch.equal(compiled(ids).logits, before)
