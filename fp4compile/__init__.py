@@ -5,7 +5,7 @@ from typing import Any
 from fp4compile.aot_export import export, load_exported
 from fp4compile.api import quantize, quantize_and_compile
 from fp4compile.channel_order import order_channels
-from fp4compile.compile import compile_model, load_lowerings, run_as_programs
+from fp4compile.compile import compile_model, load_lowerings
 from fp4compile.coverage import Coverage, verify
 from fp4compile.errors import Fp4CompileError
 from fp4compile.integrations import install_hooks, lazy_attribute
@@ -38,7 +38,6 @@ __all__ = [
     "order_channels",
     "quantize",
     "quantize_and_compile",
-    "run_as_programs",
     "verify",
 ]
 

@@ -67,6 +67,10 @@ def test_a_whole_model_is_measured_and_an_absent_peer_is_skipped(monkeypatch):
     assert all(low <= middle <= high for middle, low, high in (result.prefill, result.decode))
 
 
+def test_a_peer_with_weights_of_its_own_runs_no_other_model():
+    assert peers.reason_absent("llama.cpp q4_1", "llama-1.1b") == "has weights of smollm2-135m only"
+
+
 def test_every_configuration_is_one_that_quantize_takes():
     for configuration in accuracy.CONFIGURATIONS.values():
         assert configuration.method in (None, *METHODS)

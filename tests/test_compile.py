@@ -24,6 +24,7 @@ def eager() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def compiled(eager) -> nn.Module:
+    """As programs; what Dynamo makes of models is tested in test_torch_compile.py."""
     torch.compiler.reset()
     counters.clear()
     model = compile_model(copy.deepcopy(eager))
@@ -35,32 +36,49 @@ def compiled(eager) -> nn.Module:
     return model
 
 
-def graphs() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
 def test_forward_equals_eager_without_compiling_again(eager, compiled):
-    before = graphs()
+    before = programs(compiled)
     for batch, length in ((2, 9), (4, 24), (3, 17), (7, 2)):
         with torch.no_grad():
             got, expected = compiled(tokens(batch, length)), eager(tokens(batch, length))
         torch.testing.assert_close(got.logits, expected.logits, rtol=2e-2, atol=2e-2)
         agree = (got.logits.argmax(-1) == expected.logits.argmax(-1)).float().mean()
         assert agree > 0.99
-    assert graphs() == before
+    assert programs(compiled) == before
+
+
+def programs(compiled: nn.Module) -> int:
+    return compiled._compiled_call_impl.programs
 
 
 def test_generate_equals_eager_without_compiling_again(eager, compiled):
-    before = graphs()
+    before = programs(compiled)
     # Other batch sizes, other prompt lengths, more decode steps, a second prompt.
     for batch, length, steps in ((2, 5, 12), (4, 11, 6), (3, 7, 9)):
         prompt = tokens(batch, length, seed=batch)
         options = {"max_new_tokens": steps, "do_sample": False}
         assert torch.equal(compiled.generate(prompt, **options), eager.generate(prompt, **options))
-    assert graphs() == before
+    assert programs(compiled) == before
 
 
-def test_no_graph_breaks(compiled):
+def test_decode_steps_are_repeated_natively(eager, compiled):
+    prompt = tokens(2, 6)
+    compiled.generate(prompt, max_new_tokens=5, do_sample=False)
+    known = compiled._compiled_call_impl.by_kind.values()
+    assert any(program.repeats for programs in known for program in programs)
+
+
+def test_nothing_is_left_to_dynamo(compiled):
+    assert not counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+def test_without_programs_dynamo_takes_all_calls(eager):
+    counters.clear()
+    model, prompt = compile_model(copy.deepcopy(eager), programs=False), tokens(2, 5)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(prompt, **options), eager.generate(prompt, **options))
+    assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
 
 

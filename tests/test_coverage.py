@@ -20,7 +20,7 @@ X = torch.randn(5, 32)
 
 @pytest.fixture(scope="module")
 def llama() -> nn.Module:
-    model = fp4compile.quantize(tiny_llama(layers=1), DATA, progress=False)
+    model = fp4compile.quantize(tiny_llama(), DATA, method="minmax", progress=False)
     return compile_model(model)
 
 
@@ -34,10 +34,19 @@ def test_every_site_has_a_kernel(llama):
         assert set(site.kernels) - {"inductor"} <= targets
         assert ("inductor" in site.kernels) == looked_up
         assert site.activation_format
-    # silu(gate) * up is computed on the tile that a GEMM has just made.
+    # The residual is added to the tile that a GEMM has just made.
     epilogues = {site.name.split(".")[-2]: site.epilogues for site in coverage.sites}
-    assert any({"mul", "silu"} <= set(names) for names in epilogues["up_proj"])
+    assert any("add" in names for names in epilogues["down_proj"])
     assert "0 against the contract" in coverage.summary()
+
+
+def test_weights_that_were_merged_are_served_by_one_call(llama):
+    (program,) = llama._compiled_call_impl.generated
+    attention = llama.model.layers[0].self_attn
+    calls = [program.of(getattr(attention, f"{name}_proj").weight) for name in "qkv"]
+    assert calls[0] == calls[1] == calls[2]
+    assert len(calls[0]) == 1
+    assert calls[0] != program.of(attention.o_proj.weight)
 
 
 def test_a_copy_is_not_compiled(llama):
@@ -53,8 +62,10 @@ def test_code_from_a_cache_says_the_same(llama):
     assert again.sites == before.sites
 
 
-def test_quantize_and_compile_logs_the_summary(caplog):
+@pytest.mark.parametrize("programs", [True, False], ids=["program", "dynamo"])
+def test_quantize_and_compile_logs_the_summary(caplog, programs):
     options = {"method": "minmax", "ignore": ["down.weight"], "progress": False}
+    options["programs"] = programs
     with caplog.at_level(logging.INFO, logger="fp4compile"):
         model = fp4compile.quantize_and_compile(NormThenLinears(), [X], "w4a16", **options)
     coverage = fp4compile.verify(model, strict=True)
