@@ -15,7 +15,6 @@ from fp4compile import lowering
 from fp4compile.blocks import SECOND_FORMAT, block_count, per_channel
 from fp4compile.kernels import REFERENCE
 from fp4compile.lowering.choice import SEEN
-from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import CppTarget
 from fp4compile.packing import pack, unpack_blocks
 from fp4compile.tensor import FP4Tensor
@@ -186,17 +185,3 @@ def test_kernel_for_tells_what_compiling_chooses(
     compiled(lambda x: F.linear(x, weight))(x)
     assert told in SEEN
     assert all(choice.target != REFERENCE for choice in SEEN)
-
-
-def test_six_bits_decline(target: CppTarget) -> None:
-    problem = GemmProblem(
-        N=8,
-        K=64,
-        weight_format="e2m3|e1m4",
-        operand_dtype=torch.int8,
-        operand_scale="block",
-        block_size=32,
-        bias=False,
-        out_dtype=torch.float32,
-    )
-    assert "6 bits" in (target.supports(problem) or "")
