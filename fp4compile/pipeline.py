@@ -14,6 +14,7 @@ from fp4compile.batches import Batch
 from fp4compile.calibrate import OnGroup, run_calibration
 from fp4compile.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from fp4compile.distributed import Processes, processes_of
+from fp4compile.heads import is_head
 from fp4compile.hidden_states import HiddenStates
 from fp4compile.memory import MemoryPlan, plan_memory
 from fp4compile.observers import watch
@@ -187,11 +188,13 @@ def _group_key(group: Group) -> str:
 def _decide_group(
     run: _Run, group: Group, statistics: Statistics, decided: Mapping[str, SiteQParams]
 ) -> dict[str, SiteQParams]:
+    weights = {site.name: oriented(run.model, site) for site in group.sites}
     problem = GroupProblem(
-        {site.name: oriented(run.model, site) for site in group.sites},
+        weights,
         statistics,
         group.sites[0].spec or run.spec,
         frozenset(site.name for site in group.sites if site.lookups),
+        frozenset(s.name for s in group.sites if is_head(s, *weights[s.name].shape[-2:])),
         {site.name: decided[site.name].weight for site in group.sites if site.name in decided},
         run.search,
     )

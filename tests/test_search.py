@@ -14,6 +14,7 @@ from fp4compile.numerics import fake_quantize, scale_for_max
 from fp4compile.observers import observe
 from fp4compile.qparams import PRESETS, QuantSpec, TensorSpec
 from fp4compile.search import METHODS, GroupProblem, by_method
+from fp4compile.search.activation import ActivationError, widest_shift
 from fp4compile.search.candidates import (
     apply_activation,
     blocked_weight,
@@ -21,8 +22,8 @@ from fp4compile.search.candidates import (
     minmax_weight,
     output_errors,
 )
-from fp4compile.search.embedding import lookup_moment, search_embedding
-from fp4compile.search.gptq import compensated
+from fp4compile.search.embedding import lookup_moment, search_embedding, tied_moment
+from fp4compile.search.gptq import SCALE_FACTORS, Compensation
 from fp4compile.search.grid import clip_factors
 from fp4compile.search.problem import SearchOptions
 from fp4compile.search.sorted_errors import channel_errors
@@ -167,6 +168,19 @@ def test_wrong_options_are_refused(wrong):
         SearchOptions(**wrong)
 
 
+@pytest.mark.parametrize("preset", ["w6a6", "w8a8"])
+def test_the_widest_shifts_undo_any_powers_of_two(preset):
+    spec = QuantSpec.preset(preset)
+    column = torch.randn(600, 1, generator=torch.Generator().manual_seed(0))
+    powers = torch.tensor([0, 3, 7, 5, 1, 0, 6, 2])
+    start = GroupProblem(
+        {"w": torch.randn(12, 8)}, observe([column * torch.exp2(powers)]), spec, options=IN_SAMPLE
+    )
+    tokens, (weights, _) = weighted_tokens(start), minmax_decision(start)
+    found = widest_shift(tokens, ActivationError.of(tokens, start, weights), spec.activation)
+    assert torch.equal(found.long(), powers)
+
+
 def test_a_decided_weight_stays():
     x, weight = layer()
     fixed = minmax_weight(weight, TensorSpec(4, formats=("e1m2",)))
@@ -181,7 +195,7 @@ def test_compensated_rounding_keeps_scales_and_beats_the_nearest(fmt):
     x[:, 1:] += x[:, :-1]  # correlated channels are what compensation lives from
     moment = x.t() @ x / len(x)
     nearest = minmax_weight(weight, TensorSpec(4, formats=(fmt.name,)))
-    found = compensated(weight, moment, nearest)
+    found = Compensation(moment).rounded(weight, nearest)
     assert found.scale is nearest.scale
     objective = OutputError.of_inputs(moment)
     before, after = (
@@ -190,10 +204,24 @@ def test_compensated_rounding_keeps_scales_and_beats_the_nearest(fmt):
     assert after < 0.95 * before
 
 
+def test_every_row_takes_the_scale_that_is_best_after_compensation():
+    x, weight = layer(outputs=64)
+    moment = x.t() @ x / len(x)
+    seen, objective = Compensation(moment), OutputError.of_inputs(moment)
+    nearest = minmax_weight(weight, TensorSpec(4))
+    found = seen.rescaled(weight, nearest)
+    least = objective.rows(dequantized(weight, found), weight)
+    for factor in SCALE_FACTORS:
+        other = seen.rounded(weight, replace(nearest, scale=nearest.scale * factor))
+        assert (least <= objective.rows(dequantized(weight, other), weight) * 1.0001).all()
+    chosen = (found.scale / nearest.scale).round(decimals=3).unique()
+    assert len(chosen) == len(SCALE_FACTORS), "rows differ in what is best"
+
+
 def test_compensated_rounding_without_correlation_is_rounding_to_nearest():
     _, weight = layer()
     nearest = minmax_weight(weight, TensorSpec(4))
-    found = compensated(weight, torch.eye(32), nearest)
+    found = Compensation(torch.eye(32)).rounded(weight, nearest)
     assert torch.equal(dequantized(weight, found), dequantized(weight, nearest))
 
 
@@ -201,9 +229,9 @@ def test_compensated_rounding_works_in_blocks_and_in_parts_of_rows(monkeypatch):
     x, weight = layer(outputs=40)
     moment = x.t() @ x
     blocks = blocked_weight(weight, (by_name("e2m1"), by_name("e1m2")), 16, (1.0, 0.85))
-    whole = compensated(weight, moment, blocks)
+    whole = Compensation(moment).rounded(weight, blocks)
     monkeypatch.setattr("fp4compile.weights.ROWS", 16)
-    assert torch.equal(compensated(weight, moment, blocks).packed, whole.packed)
+    assert torch.equal(Compensation(moment).rounded(weight, blocks).packed, whole.packed)
     objective = OutputError.of_inputs(moment)
     errors = [float(objective.rows(dequantized(weight, q), weight).sum()) for q in (blocks, whole)]
     assert errors[1] < errors[0]
@@ -283,9 +311,11 @@ def test_the_lookup_moment_is_the_mean_relative_error_of_rows():
     rows = (change @ lookup_moment(weight) * change).sum(1).mean()
     torch.testing.assert_close(rows, change.square().sum() / weight.square().sum())
     head = x.t() @ x / len(x)
-    both = (change @ lookup_moment(weight, head) * change).sum(1).mean()
+    options = SearchOptions(lookup_weight=0.25)
+    both = (change @ tied_moment(weight, head, options) * change).sum(1).mean()
     y, difference = x @ weight.t(), x @ change.t()
-    torch.testing.assert_close(both - rows, difference.square().sum() / y.square().sum())
+    of_head = difference.square().sum() / y.square().sum()
+    torch.testing.assert_close(both, of_head + rows / 4)
 
 
 def test_unknown_names_list_the_known_ones():

@@ -8,7 +8,7 @@ the channel maxima alone).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from fp4compile.numerics import scale_for_max
 from fp4compile.qparams import ActivationQParams, TensorSpec, WeightQParams
 from fp4compile.search.candidates import apply_activation, clipping_errors
 from fp4compile.search.grid import clip_factors
-from fp4compile.search.problem import SearchOptions
+from fp4compile.search.problem import GroupProblem, SearchOptions
 from fp4compile.search.tokens import TINY, Tokens
 from fp4compile.weights import dequantized, row_parts
 
@@ -47,7 +47,7 @@ class ActivationError:
 
     ``gram`` ``[K, K]`` is ``w_hat^T w_hat`` and ``cross`` ``w_hat^T w`` of all sites' weights,
     divided by the power; ``weights`` ``(w, w_hat)`` themselves, ``[N, K]``, where N < K makes them
-    cheaper.
+    cheaper. Of a head, both are less their mean row (``outputs.py``).
     """
 
     sites: int
@@ -57,23 +57,27 @@ class ActivationError:
 
     @classmethod
     def of(
-        cls, tokens: Tokens, weights: Sequence[Tensor], qparams: Sequence[WeightQParams]
+        cls, tokens: Tokens, problem: GroupProblem, qparams: Mapping[str, WeightQParams]
     ) -> ActivationError:
-        """For the sites of one group; their output power is that on ``tokens``."""
+        """For the sites of ``problem``; their output power is that on ``tokens``."""
         channels = tokens.x.shape[1]
         gram, cross = torch.zeros(2, channels, channels)
         kept = []
-        keep = sum(len(weight) for weight in weights) < channels
-        for weight, decided in zip(weights, qparams, strict=True):
-            factor = tokens.mean_power(weight).clamp_min(TINY).rsqrt()
-            for rows, part in row_parts(weight, decided):
-                w, w_hat = rows * factor, dequantized(rows, part) * factor
+        keep = sum(len(weight) for weight in problem.weights.values()) < channels
+        for name, weight in problem.weights.items():
+            centred = name in problem.heads
+            factor = tokens.mean_power(weight, centred=centred).clamp_min(TINY).rsqrt()
+            mean = mean_hat = torch.zeros(channels)
+            if centred:
+                mean, mean_hat = weight.mean(dim=0), mean_row(weight, qparams[name])
+            for rows, part in row_parts(weight, qparams[name]):
+                w, w_hat = (rows - mean) * factor, (dequantized(rows, part) - mean_hat) * factor
                 gram.addmm_(w_hat.t(), w_hat)
                 cross.addmm_(w_hat.t(), w)
                 if keep:
                     kept.append((w, w_hat))
         both = tuple(torch.cat(side) for side in zip(*kept, strict=True)) if keep else None
-        return cls(len(weights), gram, cross, both)  # type: ignore[arg-type]  # two of them
+        return cls(len(problem.weights), gram, cross, both)  # type: ignore[arg-type]  # two of them
 
     @property
     def diagonal(self) -> Tensor:
@@ -113,13 +117,19 @@ class ActivationError:
         return float((seen + clipping_errors(tokens, candidate)) @ self.diagonal)
 
 
+def mean_row(weight: Tensor, qparams: WeightQParams) -> Tensor:
+    """Mean ``[K]`` of the rows of the quantized weight ``[N, K]``."""
+    sums = [dequantized(*part).sum(dim=0) for part in row_parts(weight, qparams)]
+    return torch.stack(sums).sum(dim=0) / len(weight)
+
+
 def search_activation(
     tokens: Tokens, objective: ActivationError, spec: TensorSpec, options: SearchOptions
 ) -> ActivationQParams:
     """The candidate with the least output error on ``tokens``; one of the int8 route if its error
     is at most ``1 + options.format_margin`` times that.
     """
-    scored = _static_candidates(tokens, objective, spec, options)
+    scored = _static_candidates(tokens, objective, spec, options.shift_choice)
     if spec.granularity == "token":
         few = tokens.thinned(RANKING_TOKENS)
         candidates = _per_token([candidate for _, candidate in scored])
@@ -155,14 +165,27 @@ def preferred(
     return best_fast if best_fast[0] <= (1 + margin) * best[0] else best
 
 
+def widest_shift(tokens: Tokens, objective: ActivationError, spec: TensorSpec) -> Tensor | None:
+    """int8 ``[K]``: the shifts of the best candidate if weights take them up, which the operand's
+    range does not bound.
+    """
+    scored = _static_candidates(tokens, objective, spec, "error", in_weights=True)
+    return min(scored, key=lambda pair: pair[0])[1].exponent_shift
+
+
 def _static_candidates(
-    tokens: Tokens, objective: ActivationError, spec: TensorSpec, options: SearchOptions
+    tokens: Tokens,
+    objective: ActivationError,
+    spec: TensorSpec,
+    shift_choice: str,
+    *,
+    in_weights: bool = False,
 ) -> list[tuple[float, ActivationQParams]]:
     """The best tensor-wise maxima of every format, each with its best shifts and their error."""
     if not spec.exponent_shift:
         return _unshifted_candidates(tokens, objective, spec)
     formats = spec.candidates
-    largest = {fmt.name: _largest_shift(fmt) for fmt in formats}
+    largest = {f.name: LARGEST_SHIFT if in_weights else _largest_shift(f) for f in formats}
     steps = STEPS_PER_OCTAVE[spec.bits]
     maxima = _maxima(tokens, spec, OCTAVES_BELOW + max(largest.values()))
     kept = []
@@ -173,7 +196,7 @@ def _static_candidates(
         for position, maximum in enumerate(maxima):
             # Row t: the errors of every channel if it is shifted by t.
             rows = list(range(position, -1, -steps)[: largest[fmt.name] + 1])
-            ratio = tokens.absmax / maximum if options.shift_choice == "maximum" else None
+            ratio = tokens.absmax / maximum if shift_choice == "maximum" else None
             error, shift = _best_shifts(table[rows], objective, ratio)
             scale = scale_for_max(maximum, fmt)
             found.append((error, ActivationQParams(fmt.name, "tensor", scale, shift)))

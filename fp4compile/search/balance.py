@@ -28,8 +28,7 @@ def balancing_shift(problem: GroupProblem, tokens: Tokens) -> Tensor:
 
 def equalizing_shift(tokens: Tokens) -> Tensor:
     """int8 ``[K]``: log2 of the channel maxima about their mean, which all become alike."""
-    absmax = tokens.x.abs().amax(dim=0)
-    return _centred(_log2(absmax), absmax > 0)
+    return _centred(_log2(tokens.absmax), tokens.absmax > 0)
 
 
 def _log2(x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from fp4compile.qparams import ActivationQParams, QuantSpec, SiteQParams, Tensor
 from fp4compile.search.activation import preferred
 from fp4compile.search.balance import balancing_shift, transformed_moment
 from fp4compile.search.candidates import ERROR_TOKENS, accepted, blocked_weight, output_errors
-from fp4compile.search.embedding import lookup_moment
-from fp4compile.search.gptq import compensated
+from fp4compile.search.embedding import lookup_moment, tied_moment
+from fp4compile.search.gptq import Compensation
 from fp4compile.search.problem import GroupProblem, SearchOptions
 from fp4compile.search.tokens import Tokens, split, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
@@ -69,17 +69,17 @@ def best(problem: GroupProblem) -> dict[str, SiteQParams]:
     if problem.spec.activation is not None:
         activation = _choose_activation(problem, train, problem.spec.activation)
     moment = train.moment()
-    weights = {
-        name: problem.decided.get(name)
-        or _round_weight(
-            weight,
-            lookup_moment(weight, moment) if name in problem.tied else moment,
-            activation,
-            problem.spec.weight,
-            problem.options,
-        )
-        for name, weight in problem.weights.items()
-    }
+    shared = Compensation(_transformed(moment, activation))
+    weights = dict(problem.decided)
+    for name, weight in problem.weights.items():
+        if name in weights:
+            continue
+        seen = shared
+        if name in problem.tied:
+            tied = tied_moment(weight, moment, problem.options)
+            seen = Compensation(_transformed(tied, activation))
+        working = for_activation(weight, activation)
+        weights[name] = _rounded(working, seen, problem.spec.weight, problem.options)
     return accepted(problem, held_out, [(weights, activation)])
 
 
@@ -90,25 +90,25 @@ def best_embedding(
     ``head_moment``.
     """
     if head_moment is None:
-        options = replace(options, rounding="nearest")
-    moment = lookup_moment(weight, head_moment)
-    return _round_weight(weight, moment, None, _in_blocks(spec), options)
+        moment, options = lookup_moment(weight), replace(options, rounding="nearest")
+    else:
+        moment = tied_moment(weight, head_moment, options)
+    return _rounded(weight, Compensation(moment), _in_blocks(spec), options)
 
 
-def _round_weight(
-    weight: Tensor,
-    moment: Tensor,
-    activation: ActivationQParams | None,
-    spec: TensorSpec,
-    options: SearchOptions,
+def _transformed(moment: Tensor, activation: ActivationQParams | None) -> Tensor:
+    if activation is None:
+        return moment
+    return transformed_moment(moment, activation.exponent_shift, activation.rotation)
+
+
+def _rounded(
+    weight: Tensor, seen: Compensation, spec: TensorSpec, options: SearchOptions
 ) -> WeightQParams:
-    working = for_activation(weight, activation)
-    if activation is not None:
-        moment = transformed_moment(moment, activation.exponent_shift, activation.rotation)
-    found = _nearest(working, moment, spec)
+    found = _nearest(weight, seen.moment, spec)
     if options.rounding == "nearest":
         return found
-    return compensated(working, moment, found)
+    return seen.rounded(weight, found)
 
 
 def _nearest(weight: Tensor, moment: Tensor, spec: TensorSpec) -> WeightQParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from fp4compile.formats import FloatFormat, by_name
 from fp4compile.numerics import power_of_two, scale_for_max
 from fp4compile.operand import round_operand, spread, transformed
 from fp4compile.qparams import ActivationQParams, SiteQParams, TensorSpec, WeightQParams
+from fp4compile.search.outputs import SquaredOutputs
 from fp4compile.search.problem import GroupProblem
 from fp4compile.search.tokens import TINY, Tokens
 from fp4compile.weights import ROWS, dequantized, for_activation, row_parts
@@ -131,19 +133,19 @@ def all_output_errors(
     unseen = [clipping_errors(tokens, activation) * len(x) for _, activation in decisions]
     found: list[dict[str, float]] = [{} for _ in decisions]
     for name, weight in problem.weights.items():
-        power = 0.0
-        errors = [0.0] * len(decisions)
+        new = partial(SquaredOutputs, centred=name in problem.heads)
+        power, on_seen, on_unseen = new(), [new() for _ in decisions], [new() for _ in decisions]
         parts = [row_parts(weight, weights[name]) for weights, _ in decisions]
         for of_decisions in zip(*parts, strict=True):
             rows = of_decisions[0][0]
             y = x @ rows.t()
-            power += float(y.square().sum())
+            power.add(y)
             for index, (_, part) in enumerate(of_decisions):
                 quantized = dequantized(for_activation(rows, decisions[index][1]), part)
-                errors[index] += float((seen[index] @ quantized.t()).sub_(y).square_().sum())
-                errors[index] += float(unseen[index] @ quantized.square().sum(dim=0))
-        for index, error in enumerate(errors):
-            found[index][name] = error / max(power, TINY)
+                on_seen[index].add((seen[index] @ quantized.t()).sub_(y))
+                on_unseen[index].add((quantized * unseen[index].sqrt()).t())
+        for errors, *both in zip(found, on_seen, on_unseen, strict=True):
+            errors[name] = sum(part.total for part in both) / max(power.total, TINY)
     return found
 
 

@@ -11,6 +11,7 @@ from fp4compile.numerics import power_of_two
 from fp4compile.operand import transformed
 from fp4compile.qparams import Diagnosis, SiteQParams
 from fp4compile.search.candidates import apply_activation, clipping_errors
+from fp4compile.search.outputs import SquaredOutputs
 from fp4compile.search.problem import GroupProblem
 from fp4compile.search.tokens import TINY, Tokens, weighted_tokens
 from fp4compile.weights import dequantized, for_activation, row_parts
@@ -27,28 +28,31 @@ def diagnosed(
     few = sample[:: max(1, len(sample) // DIAGNOSIS_TOKENS)]
     tokens = weighted_tokens(replace(problem, statistics=replace(problem.statistics, sample=few)))
     absmax = problem.statistics.absmax
-    return {
-        name: replace(
-            site, diagnosis=Diagnosis(absmax, *_parts(problem.weights[name], site, tokens))
-        )
-        for name, site in decisions.items()
-    }
+    found = {}
+    for name, site in decisions.items():
+        centred = name in problem.heads
+        parts = _parts(problem.weights[name], site, tokens, centred=centred)
+        found[name] = replace(site, diagnosis=Diagnosis(absmax, *parts))
+    return found
 
 
-def _parts(weight: Tensor, site: SiteQParams, tokens: Tokens) -> tuple[float, float]:
+def _parts(
+    weight: Tensor, site: SiteQParams, tokens: Tokens, *, centred: bool
+) -> tuple[float, float]:
     """Relative output error of the weight ``[N, K]`` alone, and of the activation alone."""
     x = tokens.scaled(tokens.x)
     exact, rounded = _operands(site, tokens)
-    unseen = clipping_errors(tokens, site.activation) * len(x)
-    power = of_weight = of_activation = 0.0
+    unseen = (clipping_errors(tokens, site.activation) * len(x)).sqrt()
+    power, of_weight, of_seen, of_unseen = (SquaredOutputs(centred=centred) for _ in range(4))
     for rows, qparams in row_parts(weight, site.weight):
         y = x @ rows.t()
         working = for_activation(rows, site.activation)
-        power += float(y.square().sum())
-        of_weight += float((exact @ dequantized(working, qparams).t() - y).square().sum())
-        of_activation += float((rounded @ working.t() - y).square().sum())
-        of_activation += float(unseen @ working.square().sum(dim=0))
-    return of_weight / max(power, TINY), of_activation / max(power, TINY)
+        power.add(y)
+        of_weight.add((exact @ dequantized(working, qparams).t()).sub_(y))
+        of_seen.add((rounded @ working.t()).sub_(y))
+        of_unseen.add((working * unseen).t())
+    total = max(power.total, TINY)
+    return of_weight.total / total, (of_seen.total + of_unseen.total) / total
 
 
 def _operands(site: SiteQParams, tokens: Tokens) -> tuple[Tensor, Tensor]:

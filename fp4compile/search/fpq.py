@@ -7,7 +7,7 @@ else the few tokens with massive activations (attention sinks) would decide alon
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from fp4compile.errors import SpecError
 from fp4compile.formats import FloatFormat, by_name
 from fp4compile.qparams import ActivationQParams, SiteQParams, TensorSpec, WeightQParams
-from fp4compile.search.activation import ActivationError, search_activation
+from fp4compile.search.activation import ActivationError, search_activation, widest_shift
 from fp4compile.search.balance import balancing_shift, equalizing_shift, moved
 from fp4compile.search.candidates import (
     Decision,
@@ -25,7 +25,7 @@ from fp4compile.search.candidates import (
     output_errors,
 )
 from fp4compile.search.embedding import search_tied
-from fp4compile.search.gptq import compensated
+from fp4compile.search.gptq import Compensation
 from fp4compile.search.problem import GroupProblem
 from fp4compile.search.tokens import Tokens, split, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
@@ -64,7 +64,7 @@ def fpq(problem: GroupProblem) -> dict[str, SiteQParams]:
     if _has_bits_to_spare(problem):
         shift = _promising_shift(problem, train, decisions[0])
         if shift is not None:
-            decisions += _moved_decisions(problem, train, shift, decisions[0][1])
+            decisions += _moved_decisions(problem, train, shift)
     return accepted(problem, held_out, decisions)
 
 
@@ -89,11 +89,11 @@ def _promising_shift(problem: GroupProblem, tokens: Tokens, unmoved: Decision) -
     plain = _search_weights(some, OutputError.of_inputs(few.moment()), None, unmoved[0])
     least = sum(output_errors(some, few, plain, unmoved[1]).values())
     least, best = PROMISE * least, None
-    for shift in (balancing_shift(problem, tokens), equalizing_shift(tokens)):
+    for shift in _movable_shifts(problem, tokens, _objective(some, tokens, plain)):
         shifted, shifted_tokens = moved(some, few, shift)
         objective = OutputError.of_inputs(shifted_tokens.moment())
         weights = _search_weights(shifted, objective, None, unmoved[0])
-        spec = _without_shifts(problem.spec.activation, unmoved[1])
+        spec = _without_shifts(problem.spec.activation)
         activation = _search_activation(shifted, shifted_tokens, weights, spec)
         error = sum(output_errors(shifted, shifted_tokens, weights, activation).values())
         if error < least:
@@ -101,18 +101,26 @@ def _promising_shift(problem: GroupProblem, tokens: Tokens, unmoved: Decision) -
     return best
 
 
-def _without_shifts(spec: TensorSpec | None, found: ActivationQParams | None) -> TensorSpec:
-    """``spec`` with the format of ``found`` and no shifts."""
+def _movable_shifts(
+    problem: GroupProblem, tokens: Tokens, objective: ActivationError
+) -> Iterator[Tensor]:
+    """Shifts to try in the weights."""
+    assert problem.spec.activation is not None
+    yield balancing_shift(problem, tokens)
+    yield equalizing_shift(tokens)
+    widest = widest_shift(tokens, objective, problem.spec.activation)
+    if widest is not None:
+        yield widest
+
+
+def _without_shifts(spec: TensorSpec | None) -> TensorSpec:
     assert spec is not None
-    assert found is not None
-    return replace(spec, formats=(found.format,), exponent_shift=False)
+    return replace(spec, exponent_shift=False)
 
 
-def _moved_decisions(
-    problem: GroupProblem, tokens: Tokens, shift: Tensor, unmoved: ActivationQParams | None
-) -> list[Decision]:
-    """With ``shift`` moved into the weights, and the activation's format of the search without."""
-    spec = replace(problem.spec, activation=_without_shifts(problem.spec.activation, unmoved))
+def _moved_decisions(problem: GroupProblem, tokens: Tokens, shift: Tensor) -> list[Decision]:
+    """With ``shift`` moved into the weights."""
+    spec = replace(problem.spec, activation=_without_shifts(problem.spec.activation))
     problem = replace(problem, spec=spec, options=replace(problem.options, rounds=1))
     found = _decisions(*moved(problem, tokens, shift), shift)
     activation = found[0][1]  # the same for all
@@ -172,11 +180,12 @@ def _alternate(problem: GroupProblem, tokens: Tokens, objective: OutputError) ->
 def _compensated(
     problem: GroupProblem, moment: Tensor, weights: Mapping[str, WeightQParams]
 ) -> dict[str, WeightQParams]:
-    """The same scales with error-compensated rounding; weights decided before stay."""
+    """The same formats with error-compensated rounding; weights decided before stay."""
+    compensation = Compensation(moment)
     return {
         name: qparams
         if name in problem.decided
-        else compensated(problem.weights[name], moment, qparams)
+        else compensation.rescaled(problem.weights[name], qparams)
         for name, qparams in weights.items()
     }
 
@@ -201,7 +210,11 @@ def _search_weights(
 def _search_activation(
     problem: GroupProblem, tokens: Tokens, weights: Mapping[str, WeightQParams], spec: TensorSpec
 ) -> ActivationQParams:
-    objective = ActivationError.of(
-        tokens.thinned(OBJECTIVE_TOKENS), list(problem.weights.values()), list(weights.values())
-    )
+    objective = _objective(problem, tokens, weights)
     return search_activation(tokens, objective, spec, problem.options)
+
+
+def _objective(
+    problem: GroupProblem, tokens: Tokens, weights: Mapping[str, WeightQParams]
+) -> ActivationError:
+    return ActivationError.of(tokens.thinned(OBJECTIVE_TOKENS), problem, weights)

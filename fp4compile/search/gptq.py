@@ -6,7 +6,8 @@ output is taken back by the columns not yet rounded.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from fp4compile.blocks import in_second_format, per_channel
 from fp4compile.formats import FloatFormat, alternatives
 from fp4compile.numerics import round_steps
 from fp4compile.qparams import WeightQParams
-from fp4compile.weights import channel_scales, row_parts, steps_to_packed
+from fp4compile.search.weight import OutputError
+from fp4compile.weights import channel_scales, dequantized, row_parts, steps_to_packed
 
 # Of the mean diagonal, added to the diagonal of the moment (the paper's value).
 DAMPING = 0.01
@@ -23,19 +25,53 @@ DAMPING = 0.01
 LAZY_COLUMNS = 64
 
 
-def compensated(weight: Tensor, moment: Tensor, qparams: WeightQParams) -> WeightQParams:
-    """``qparams`` with the codes of compensated rounding; formats and scales stay.
+# Around a row's scale that is best for rounding to nearest; two thirds of rows are better off with
+# another once errors are compensated.
+SCALE_FACTORS = (1.0, 0.9, 1 / 0.9)
 
-    Args:
-        weight: float32 ``[N, K]``.
-        moment: ``[K, K]``, second moment of the inputs that the weight will be multiplied with.
-    """
-    order, factor = _elimination(moment)
-    parts = [
-        steps_to_packed(_round_rows(rows, order, factor, part), part)
-        for rows, part in row_parts(weight, qparams)
-    ]
-    return replace(qparams, packed=torch.cat(parts))
+
+@dataclass(frozen=True, eq=False)
+class Compensation:
+    """What rounding by the second moment ``[K, K]`` of an activation shares among its weights."""
+
+    moment: Tensor
+
+    @cached_property
+    def _elimination(self) -> tuple[Tensor, Tensor]:
+        return _elimination(self.moment)
+
+    def rounded(self, weight: Tensor, qparams: WeightQParams) -> WeightQParams:
+        """``qparams`` with the codes of compensated rounding of ``weight`` ``[N, K]``; formats and
+        scales stay.
+        """
+        parts = [
+            steps_to_packed(_round_rows(rows, *self._elimination, part), part)
+            for rows, part in row_parts(weight, qparams)
+        ]
+        return replace(qparams, packed=torch.cat(parts))
+
+    def rescaled(self, weight: Tensor, qparams: WeightQParams) -> WeightQParams:
+        """:meth:`rounded`, every row with the best of :data:`SCALE_FACTORS` times its scale."""
+        error_of = OutputError.of_inputs(self.moment).rows_of(weight)
+        best = self.rounded(weight, qparams)
+        least = error_of(dequantized(weight, best))
+        for factor in SCALE_FACTORS[1:]:
+            other = self.rounded(weight, replace(qparams, scale=qparams.scale * factor))
+            error = error_of(dequantized(weight, other))
+            best = _rows_of(other, best, error < least)
+            least = torch.minimum(error, least)
+        return best
+
+
+def _rows_of(left: WeightQParams, right: WeightQParams, rows: Tensor) -> WeightQParams:
+    """``right``, but with the ``rows`` ``[N]`` of ``left``."""
+    assert left.packed is not None
+    assert right.packed is not None
+    return replace(
+        right,
+        scale=torch.where(rows, left.scale, right.scale),
+        packed=torch.where(rows[:, None], left.packed, right.packed),
+    )
 
 
 def _elimination(moment: Tensor) -> tuple[Tensor, Tensor]:

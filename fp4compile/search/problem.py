@@ -30,6 +30,10 @@ class SearchOptions:
     them larger; 0 for none. ``moment_shrinkage``: how much of the correlation between channels that
     chance may explain is left out of that second moment, see ``shrunk_moment``; 0 for nothing.
 
+    ``lookup_weight``: how much the relative error of looked-up rows counts beside that of the
+    head's output where an embedding is tied to a head. What a head adds reaches the logits as it
+    is; what a look-up adds is diluted by all layers.
+
     ``format_margin``: an activation format that runs on the int8 route is preferred while its error
     is at most ``1 + format_margin`` times the best one's.
 
@@ -45,6 +49,7 @@ class SearchOptions:
     weight_sink_power: float = 16.0
     unseen: float = 1.0
     moment_shrinkage: float = 2.0
+    lookup_weight: float = 0.05
     format_margin: float = 0.02
     largest_rotation: int = 512
     balance: bool = True
@@ -54,8 +59,11 @@ class SearchOptions:
             raise SpecError(f"rounding {self.rounding!r} is not one of {ROUNDINGS}")
         if self.shift_choice not in SHIFT_CHOICES:
             raise SpecError(f"shift_choice {self.shift_choice!r} is not one of {SHIFT_CHOICES}")
-        positive = self.sink_power, self.weight_sink_power, self.format_margin
-        if self.rounds < 1 or min(*positive, self.unseen, self.moment_shrinkage) < 0:
+        amounts = (
+            *(self.sink_power, self.weight_sink_power, self.unseen, self.moment_shrinkage),
+            *(self.lookup_weight, self.format_margin),
+        )
+        if self.rounds < 1 or min(amounts) < 0:
             raise SpecError(f"rounds must be at least 1 and the rest not negative, got {self}")
 
 
@@ -63,7 +71,8 @@ class SearchOptions:
 class GroupProblem:
     """``weights``: float32 ``[N, K]`` by site name; ``statistics`` of their common input.
 
-    ``tied`` names those that are also looked up as an embedding. ``decided`` holds weights that may
+    ``tied`` names those that are also looked up as an embedding, ``heads`` those whose outputs are
+    logits. ``decided`` holds weights that may
     not change any more (a tied head, when earlier layers were already calibrated on its rows).
     """
 
@@ -71,6 +80,7 @@ class GroupProblem:
     statistics: Statistics
     spec: QuantSpec
     tied: frozenset[str] = frozenset()
+    heads: frozenset[str] = frozenset()
     decided: Mapping[str, WeightQParams] = field(default_factory=dict)
     options: SearchOptions = field(default_factory=SearchOptions)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.formats import FloatFormat
+from fp4compile.search.outputs import output_power
 from fp4compile.search.problem import GroupProblem
 from fp4compile.search.sorted_errors import channel_errors
 
@@ -86,9 +87,9 @@ class Tokens:
         """``x`` with rows times the root of their weight, for sums of weighted squares."""
         return x * self.weight.sqrt()[:, None]
 
-    def mean_power(self, weight: Tensor) -> Tensor:
-        """Weighted mean of ``|x W^T|^2``, 0-d."""
-        return (output_power(self.x, weight) * self.weight).mean()
+    def mean_power(self, weight: Tensor, *, centred: bool) -> Tensor:
+        """Weighted mean of :func:`output_power`, 0-d."""
+        return (output_power(self.x, weight, centred=centred) * self.weight).mean()
 
     def moment(self) -> Tensor:
         """Weighted second moment ``[K, K]``, shrunk as :func:`shrunk_moment` says."""
@@ -139,8 +140,8 @@ def weighted_tokens(problem: GroupProblem) -> Tokens:
     statistics, options = problem.statistics, problem.options
     x, absmax = statistics.sample, statistics.absmax
     power, of_maximum = torch.zeros(len(x)), torch.zeros(len(absmax))
-    for weight in problem.weights.values():
-        y = output_power(x, weight)
+    for name, weight in problem.weights.items():
+        y = output_power(x, weight, centred=name in problem.heads)
         mean = y.mean().clamp_min(TINY)
         power += y / mean
         of_maximum += weight.square().sum(dim=0) * absmax.square() / mean
@@ -163,14 +164,6 @@ def _damped(power: Tensor, sink_power: float, of_all: Tensor) -> Tensor:
     if sink_power == float("inf"):
         return torch.ones_like(power)
     return 1 / (power + sink_power * of_all.mean().clamp_min(TINY))
-
-
-def output_power(x: Tensor, weight: Tensor) -> Tensor:
-    """``|x W^T|^2`` of every token ``[T]``; a head has far more outputs than channels."""
-    rows, channels = weight.shape
-    if rows < channels:
-        return (x @ weight.t()).square().sum(dim=1)
-    return (x @ (weight.t() @ weight) * x).sum(dim=1)
 
 
 def split(tokens: Tokens) -> tuple[Tokens, Tokens]:
