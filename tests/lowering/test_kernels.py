@@ -18,6 +18,9 @@ from fp4compile.packing import unpack_blocks, unpack_values
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BLOCKS = {"granularity": "block"}
+WEIGHT_ONLY = {"operand": FP32, "granularity": None}
+# Below, at and above every tile and every switch between kernels.
+ROWS = (0, 1, 2, 3, 4, 5, 9, 16, 17, 31, 33, 64, 131, 400)
 # Odd N and K, rows that end within a byte, a group of bytes or a vector, tails of every kind.
 CASES: tuple[dict[str, Any], ...] = (
     {"N": 67, "K": 131, "format": "e2m1", "bias": True},
@@ -37,6 +40,12 @@ CASES: tuple[dict[str, Any], ...] = (
     {"N": 21, "K": 177, "format": "e2m3", **BLOCKS, "block_size": 16},
     {"N": 6, "K": 100, "format": "e1m6", "block_size": 64, "bias": True},
     {"N": 11, "K": 70, "format": "e4m3|e3m4", "operand": BF16, **BLOCKS, "block_size": 32},
+    {"N": 128, "K": 256, "format": "e2m1"},
+    {"N": 70, "K": 2248, "format": "e2m1|e1m2", **BLOCKS, "block_size": 32},
+    {"N": 65, "K": 640, "format": "e1m2|e2m1", **BLOCKS, "block_size": 16},
+    {"N": 13, "K": 1040, "format": "e2m1|e3m0", "block_size": 64},
+    {"N": 16, "K": 2304, "format": "e1m2", "granularity": "tensor", "block_size": 128},
+    {"N": 39, "K": 1160, "format": "e2m1|e1m2", **WEIGHT_ONLY, "block_size": 32},
 )
 
 
@@ -73,19 +82,8 @@ def is_the_product(layer: Layer, y: Tensor, tensors: dict[str, Tensor]) -> bool:
     return bool(((y - (x @ weight.t() + bias)).abs() <= 1e-6 * bound).all())
 
 
-@settings(
-    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    layer=st.sampled_from(LAYERS),
-    M=st.integers(1, 40) | st.sampled_from([64, 131, 400, 1000]),
-    threads=st.integers(2, 5),
-    seed=st.integers(0, 2**16),
-)
-def test_a_kernel_is_eager_whatever_the_rows_and_threads(
-    library: Library, layer: Layer, M: int, threads: int, seed: int
-) -> None:
-    torch.manual_seed(seed)
+def check(library: Library, layer: Layer, M: int, threads: int) -> None:
+    """The kernel is the eager op, and the same whatever the number of threads."""
     tensors = layer.weights() | layer.operands(M)
     torch.set_num_threads(1)
     y = library.run(layer, tensors)
@@ -95,6 +93,28 @@ def test_a_kernel_is_eager_whatever_the_rows_and_threads(
         assert torch.equal(y, layer.eager(tensors))
     else:
         assert is_the_product(layer, y, tensors)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_a_kernel_is_eager(library: Library, layer: Layer) -> None:
+    for M in ROWS:
+        check(library, layer, M, threads=2)
+
+
+@settings(
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    layer=st.sampled_from(LAYERS),
+    M=st.integers(1, 1000),
+    threads=st.integers(2, 5),
+    seed=st.integers(0, 2**16),
+)
+def test_whatever_the_rows_threads_and_numbers(
+    library: Library, layer: Layer, M: int, threads: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    check(library, layer, M, threads)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(Layer("cpp_portable", **case)))
