@@ -180,12 +180,14 @@ def build(folder: Path, text: str, *, shared: bool, flags: Sequence[str] = ()) -
     """Compile ``text`` as Inductor compiles kernels, then with ``flags``."""
     source = folder / "kernels.cpp"
     source.write_text(text)
-    options = CppTorchOptions(vec_isa=pick_vec_isa())
-    builder = CppBuilder("kernels", [str(source)], options, output_dir=str(folder))
-    command = shlex.split(builder.get_command_line())
+    how = CppTorchOptions(vec_isa=pick_vec_isa())
+    builder = CppBuilder("kernels", [str(source)], how, output_dir=str(folder))
+    compiler, *options = shlex.split(builder.get_command_line())
     if not shared:
-        command.remove("-shared")
-    built = subprocess.run([*command, *flags], capture_output=True, text=True)
+        options.remove("-shared")
+        # Kernels need nothing of torch but its headers, and its libraries need Python.
+        options.insert(0, "-Wl,--as-needed")
+    built = subprocess.run([compiler, *options, *flags], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return Path(builder.get_target_file_path())
 
