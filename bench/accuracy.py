@@ -25,9 +25,17 @@ from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.search import SearchOptions
 
 TOKENS = 8176
-EQUAL_TOKENS = SearchOptions(sink_power=float("inf"), weight_sink_power=float("inf"))
+# The plain error of the calibration tokens, all alike.
+EQUAL_TOKENS = SearchOptions(
+    sink_power=float("inf"), weight_sink_power=float("inf"), unseen=0.0, moment_shrinkage=0.0
+)
 PAPER = replace(
-    EQUAL_TOKENS, rounding="nearest", shift_choice="maximum", format_margin=0.0, balance=False
+    EQUAL_TOKENS,
+    rounding="nearest",
+    shift_choice="maximum",
+    lookup_weight=1.0,
+    format_margin=0.0,
+    balance=False,
 )
 NEAREST = SearchOptions(rounding="nearest")
 # How the paper's code was run on this model: 2 sequences of 128 tokens of the calibration text.
@@ -81,7 +89,11 @@ CONFIGURATIONS: dict[str, Configuration] = {
         _spec("w4a8"), "fpq", SearchOptions(balance=False)
     ),
     "w4a16 fpq": Configuration(_spec("w4a16"), "fpq"),
+    "w4a16 fpq, look-ups count as the head": Configuration(
+        _spec("w4a16"), "fpq", SearchOptions(lookup_weight=1.0)
+    ),
     "w6a6 fpq": Configuration(_spec("w6a6"), "fpq"),
+    "w6a6 fpq, per token": Configuration(_spec("w6a6-token"), "fpq"),
     "w8a8 fpq": Configuration(_spec("w8a8"), "fpq"),
     "w4a4 fpq_baseline on the reference's inputs": Configuration(
         _spec("w4a4"), "fpq_baseline", EQUAL_TOKENS, reference_inputs=True
@@ -101,6 +113,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     "w4a8 best": Configuration(_spec("w4a8"), "best"),
     "w4a16 best": Configuration(_spec("w4a16"), "best"),
+    "w6a6 best": Configuration(_spec("w6a6"), "best"),
 }
 
 

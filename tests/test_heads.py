@@ -16,7 +16,7 @@ from fp4compile.search import GroupProblem
 from fp4compile.search.candidates import apply_activation, minmax_decision, output_errors
 from fp4compile.search.fpq import ActivationError
 from fp4compile.search.outputs import SquaredOutputs, output_power
-from fp4compile.search.tokens import weighted_tokens
+from fp4compile.search.tokens import mean_powers, weighted_tokens
 from fp4compile.trace import trace
 from fp4compile.weights import dequantized
 
@@ -92,5 +92,5 @@ def test_errors_of_heads_are_of_centred_outputs(head, heads):
     expected = relative_error(problem)
     errors = output_errors(problem, tokens, weights, activation)
     assert errors["w"] == pytest.approx(expected, rel=1e-4)
-    objective = ActivationError.of(tokens, problem, weights)
+    objective = ActivationError.of(problem, weights, mean_powers(problem, tokens))
     assert objective.exact_on(tokens)(activation) == pytest.approx(expected, rel=1e-3)

@@ -27,7 +27,7 @@ from fp4compile.search.gptq import SCALE_FACTORS, Compensation
 from fp4compile.search.grid import clip_factors
 from fp4compile.search.problem import SearchOptions
 from fp4compile.search.sorted_errors import channel_errors
-from fp4compile.search.tokens import shrunk_moment, tail_index, weighted_tokens
+from fp4compile.search.tokens import mean_powers, shrunk_moment, tail_index, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
 from fp4compile.weights import dequantized, for_activation
 
@@ -177,7 +177,9 @@ def test_the_widest_shifts_undo_any_powers_of_two(preset):
         {"w": torch.randn(12, 8)}, observe([column * torch.exp2(powers)]), spec, options=IN_SAMPLE
     )
     tokens, (weights, _) = weighted_tokens(start), minmax_decision(start)
-    found = widest_shift(tokens, ActivationError.of(tokens, start, weights), spec.activation)
+    found = widest_shift(
+        tokens, ActivationError.of(start, weights, mean_powers(start, tokens)), spec.activation
+    )
     assert torch.equal(found.long(), powers)
 
 

@@ -57,16 +57,19 @@ class ActivationError:
 
     @classmethod
     def of(
-        cls, tokens: Tokens, problem: GroupProblem, qparams: Mapping[str, WeightQParams]
+        cls,
+        problem: GroupProblem,
+        qparams: Mapping[str, WeightQParams],
+        powers: Mapping[str, Tensor],
     ) -> ActivationError:
-        """For the sites of ``problem``; their output power is that on ``tokens``."""
-        channels = tokens.x.shape[1]
+        """For the sites of ``problem``; ``powers`` as of :func:`mean_powers`."""
+        channels = next(iter(problem.weights.values())).shape[1]
         gram, cross = torch.zeros(2, channels, channels)
         kept = []
         keep = sum(len(weight) for weight in problem.weights.values()) < channels
         for name, weight in problem.weights.items():
             centred = name in problem.heads
-            factor = tokens.mean_power(weight, centred=centred).clamp_min(TINY).rsqrt()
+            factor = powers[name].clamp_min(TINY).rsqrt()
             mean = mean_hat = torch.zeros(channels)
             if centred:
                 mean, mean_hat = weight.mean(dim=0), mean_row(weight, qparams[name])

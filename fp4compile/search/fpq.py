@@ -27,7 +27,7 @@ from fp4compile.search.candidates import (
 from fp4compile.search.embedding import search_tied
 from fp4compile.search.gptq import Compensation
 from fp4compile.search.problem import GroupProblem
-from fp4compile.search.tokens import Tokens, split, weighted_tokens
+from fp4compile.search.tokens import Tokens, mean_powers, split, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
 
 OBJECTIVE_TOKENS = 1024
@@ -37,6 +37,9 @@ PROMISE = 1.2
 COARSE_BITS = 4
 # The scales of a row are few choices; moments of so many tokens decide them as well as all.
 MOMENT_TOKENS = 2048
+# Another round of weights and activations follows only what was worth it: the second gains a
+# percent or two of the error, the third seldom any.
+WORTHWHILE = 0.99
 
 
 def minmax(problem: GroupProblem) -> dict[str, SiteQParams]:
@@ -86,15 +89,16 @@ def _promising_shift(problem: GroupProblem, tokens: Tokens, unmoved: Decision) -
     """
     few = tokens.thinned(OBJECTIVE_TOKENS)
     some = problem.thinned(PROMISE_ROWS)
+    powers = mean_powers(some, few)
     plain = _search_weights(some, OutputError.of_inputs(few.moment()), None, unmoved[0])
     least = sum(output_errors(some, few, plain, unmoved[1]).values())
     least, best = PROMISE * least, None
-    for shift in _movable_shifts(problem, tokens, _objective(some, tokens, plain)):
+    for shift in _movable_shifts(problem, tokens, ActivationError.of(some, plain, powers)):
         shifted, shifted_tokens = moved(some, few, shift)
         objective = OutputError.of_inputs(shifted_tokens.moment())
         weights = _search_weights(shifted, objective, None, unmoved[0])
         spec = _without_shifts(problem.spec.activation)
-        activation = _search_activation(shifted, shifted_tokens, weights, spec)
+        activation = _search_activation(shifted, shifted_tokens, weights, powers, spec)
         error = sum(output_errors(shifted, shifted_tokens, weights, activation).values())
         if error < least:
             least, best = error, shift
@@ -161,20 +165,27 @@ def _alternate(problem: GroupProblem, tokens: Tokens, objective: OutputError) ->
     weights = _search_weights(problem, objective, spec.weight.candidates)
     if spec.activation is None:
         return weights, None
-    best: tuple[float, Decision] | None = None
-    for last in [False] * (problem.options.rounds - 1) + [True]:
-        activation = _search_activation(problem, tokens, weights, spec.activation)
+    powers = mean_powers(problem, tokens.thinned(OBJECTIVE_TOKENS))
+    activation = _search_activation(problem, tokens, weights, powers, spec.activation)
+    least = sum(output_errors(problem, tokens, weights, activation).values())
+    best = weights, activation
+    for _ in range(problem.options.rounds - 1):
+        weights = _search_weights(problem, _seen_as(tokens, activation), None, weights)
+        activation = _search_activation(problem, tokens, weights, powers, spec.activation)
         error = sum(output_errors(problem, tokens, weights, activation).values())
-        if best is not None and error >= best[0]:
+        if error < least:
+            best = weights, activation
+        if error > WORTHWHILE * least:
             break
-        best = (error, (weights, activation))
-        if not last:
-            some = tokens.thinned(MOMENT_TOKENS)
-            x_hat = some.for_moments(apply_activation(some.x, activation))
-            seen = OutputError.of_samples(x_hat, some.for_moments(some.x))
-            weights = _search_weights(problem, seen, None, weights)
-    assert best is not None
-    return best[1]
+        least = error
+    return best
+
+
+def _seen_as(tokens: Tokens, activation: ActivationQParams) -> OutputError:
+    """The error of weights that are multiplied with what ``activation`` makes of the tokens."""
+    some = tokens.thinned(MOMENT_TOKENS)
+    x_hat = some.for_moments(apply_activation(some.x, activation))
+    return OutputError.of_samples(x_hat, some.for_moments(some.x))
 
 
 def _compensated(
@@ -208,13 +219,11 @@ def _search_weights(
 
 
 def _search_activation(
-    problem: GroupProblem, tokens: Tokens, weights: Mapping[str, WeightQParams], spec: TensorSpec
+    problem: GroupProblem,
+    tokens: Tokens,
+    weights: Mapping[str, WeightQParams],
+    powers: Mapping[str, Tensor],
+    spec: TensorSpec,
 ) -> ActivationQParams:
-    objective = _objective(problem, tokens, weights)
+    objective = ActivationError.of(problem, weights, powers)
     return search_activation(tokens, objective, spec, problem.options)
-
-
-def _objective(
-    problem: GroupProblem, tokens: Tokens, weights: Mapping[str, WeightQParams]
-) -> ActivationError:
-    return ActivationError.of(tokens.thinned(OBJECTIVE_TOKENS), problem, weights)

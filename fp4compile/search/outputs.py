@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def output_power(x: Tensor, weight: Tensor, *, centred: bool) -> Tensor:
-    """``|x W^T|^2`` of every token ``[T]``; a head has far more outputs than channels."""
+    """``|x W^T|^2`` of every token ``[T]``, by the weight's Gram matrix where that is cheaper."""
     rows, channels = weight.shape
-    if rows < channels:
+    if min(len(x), rows) < channels:
         y = x @ weight.t()
         return (y - y.mean(dim=1, keepdim=True) if centred else y).square().sum(dim=1)
     gram = weight.t() @ weight

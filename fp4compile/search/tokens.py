@@ -87,10 +87,6 @@ class Tokens:
         """``x`` with rows times the root of their weight, for sums of weighted squares."""
         return x * self.weight.sqrt()[:, None]
 
-    def mean_power(self, weight: Tensor, *, centred: bool) -> Tensor:
-        """Weighted mean of :func:`output_power`, 0-d."""
-        return (output_power(self.x, weight, centred=centred) * self.weight).mean()
-
     def moment(self) -> Tensor:
         """Weighted second moment ``[K, K]``, shrunk as :func:`shrunk_moment` says."""
         return shrunk_moment(self.for_moments(self.x), self.shrinkage)
@@ -125,9 +121,9 @@ def shrunk_moment(x: Tensor, shrinkage: float) -> Tensor:
     moment = x.t() @ x
     diagonal = moment.diagonal().clone()
     inverse = diagonal.clamp_min(TINY).reciprocal()
-    square = x.square() * inverse * tokens
+    square, unit = x.square(), inverse * tokens
     # Sums over pairs of channels: of the mean square of their product, and of its squared mean.
-    products = float((square.sum(dim=1).square() - square.square().sum(dim=1)).mean())
+    products = float(((square @ unit).square() - square.square_() @ unit.square()).mean())
     scaled = moment * inverse
     means = float((scaled * scaled.t()).sum() - (diagonal * inverse).sum())
     s = min(1.0, shrinkage * max(0.0, products - means) / (tokens * max(means, TINY)))
@@ -164,6 +160,15 @@ def _damped(power: Tensor, sink_power: float, of_all: Tensor) -> Tensor:
     if sink_power == float("inf"):
         return torch.ones_like(power)
     return 1 / (power + sink_power * of_all.mean().clamp_min(TINY))
+
+
+def mean_powers(problem: GroupProblem, tokens: Tokens) -> dict[str, Tensor]:
+    """Weighted mean of :func:`output_power` by site, 0-d."""
+    found = {}
+    for name, weight in problem.weights.items():
+        power = output_power(tokens.x, weight, centred=name in problem.heads)
+        found[name] = (power * tokens.weight).mean()
+    return found
 
 
 def split(tokens: Tokens) -> tuple[Tokens, Tokens]:
