@@ -2,6 +2,7 @@
 
 from fp4compile.aot_export import export, load_exported
 from fp4compile.api import quantize, quantize_and_compile
+from fp4compile.channel_order import order_channels
 from fp4compile.compile import compile_model, load_lowerings, run_as_programs
 from fp4compile.coverage import Coverage, verify
 from fp4compile.errors import Fp4CompileError
@@ -28,6 +29,7 @@ __all__ = [
     "export_compressed_tensors",
     "load_exported",
     "load_lowerings",
+    "order_channels",
     "quantize",
     "quantize_and_compile",
     "run_as_programs",

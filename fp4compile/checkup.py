@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import psutil
 import torch
@@ -120,18 +121,24 @@ def _packages(machine: Machine) -> list[Check]:
 
 def _kernels(machine: Machine) -> list[Check]:
     try:
-        services = load_lowerings().services()
+        lowering = load_lowerings()
     except CompileError:
         return []  # the check of torch says it
+    gpus = sorted({lowering.architecture(gpu) for gpu in range(len(machine.gpus))})
+    checks = _served(lowering.services(), "")
+    for architecture in gpus:
+        checks += _served(lowering.services(architecture), f" on {architecture}")
+    return checks
+
+
+def _served(services: Sequence[Any], where: str) -> list[Check]:
     checks = []
     for service in services:
-        why = _reasons(service.declined)
+        name, why = f"kernel for {service.kind}{where}", _reasons(service.declined)
         if service.target is None:
-            fix = f"runs on the eager reference ({why})"
-            checks.append(Check(f"kernel for {service.kind}", "none", SLOW, fix))
+            checks.append(Check(name, "none", SLOW, f"runs on the eager reference ({why})"))
         else:
-            found = f"{service.target}{why and f' ({why})'}"
-            checks.append(Check(f"kernel for {service.kind}", found))
+            checks.append(Check(name, f"{service.target}{why and f' ({why})'}"))
     return checks
 
 

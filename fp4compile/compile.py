@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fp4compile.channel_order import order_channels
 from fp4compile.coverage import recorded
 from fp4compile.errors import CompileError
 from fp4compile.program.dispatch import Dispatcher
 from fp4compile.program.generate import GenerateWithStaticCache, takes_static_cache
 from fp4compile.quantize_graph import quantize_graph
 from fp4compile.report import Report
+from fp4compile.siblings import merge_siblings
+from fp4compile.tensor import FP4Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,9 @@ def fp4compile_backend(
     recipe = options.pop("recipe", None)
     if recipe is not None:
         module = quantize_graph(module, example_inputs, recipe)
+    weights = [value for value in example_inputs if isinstance(value, FP4Tensor)]
+    if any(weight.device.type == "cuda" for weight in weights):
+        module = merge_siblings(module, example_inputs)
     compiled: Callable[..., Any] = load_lowerings().compile_graph(
         module, list(example_inputs), mode, options
     )
@@ -78,10 +84,13 @@ def compile_model(model: nn.Module) -> nn.Module:
 
     ``generate`` calls the forward, so it is compiled too; transformers' own compilation of the
     decode step is switched off, since it would compile the compiled forward again. What
-    ``torch.compile`` returned stays as it is.
+    ``torch.compile`` returned stays as it is. On a GPU that multiplies 4-bit floats the channels of
+    weights are sorted by their exponent shifts (``order_channels``).
     """
     lowering = load_lowerings()
     wrapper, model = model, uncompiled(model)
+    if any(lowering.multiplies_fp4(name) for name in _architectures(model, lowering)):
+        order_channels(model)
     report = getattr(model, "fp4_report", None)
     if isinstance(report, Report):
         kernels = {
@@ -99,6 +108,13 @@ def compile_model(model: nn.Module) -> nn.Module:
     if generation_config is not None:
         generation_config.disable_compile = True
     return wrapper
+
+
+def _architectures(model: nn.Module, lowering: ModuleType) -> set[str]:
+    """Of the GPUs that hold FP4 weights of ``model``."""
+    weights = (weight for weight in model.parameters() if isinstance(weight, FP4Tensor))
+    devices = {weight.device for weight in weights if weight.device.type == "cuda"}
+    return {lowering.architecture(device) for device in devices}
 
 
 def run_as_programs(model: nn.Module) -> nn.Module:

@@ -100,10 +100,10 @@ def dequantized_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _dense(weight: FP4Tensor, shifted: bool) -> Tensor:
     values = weight.dequantize()
-    if not shifted or weight.exponent_shift is None:
+    if not shifted or weight.channel_shift is None:
         return values
     # The producer yields x * 2^-shift, which the operand's shift took back.
-    factor = power_of_two(weight.exponent_shift)
+    factor = power_of_two(weight.channel_shift)
     return values * (factor[:, None] if weight.transposed else factor)
 
 

@@ -10,10 +10,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fp4compile.blocks import block_scales, per_channel, quantize_blocks
 from fp4compile.formats import alternatives
 from fp4compile.numerics import hadamard, power_of_two, round_steps, scale_for_max
+
+# Channels that share a power of two where hardware multiplies by those of blocks (OCP MX).
+SHIFT_BLOCK = 32
+
+
+def ordered(x: Tensor, channel_order: Tensor) -> Tensor:
+    """Channels ``[..., K]`` as ``channel_order`` lists them; K stands for zeros."""
+    return F.pad(x, (0, 1))[..., channel_order]
+
+
+def unordered(x: Tensor, channel_order: Tensor, channels: int) -> Tensor:
+    """The inverse of :func:`ordered`."""
+    # Each channel is listed once, before what pads: sorted, its place comes at its own number.
+    return x[..., channel_order.argsort()[:channels]]
 
 
 def transformed(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from fp4compile import ops
 from fp4compile.errors import UnsupportedOperationError
 from fp4compile.formats import by_name
-from fp4compile.operand import original_weight
+from fp4compile.operand import SHIFT_BLOCK, original_weight, unordered
 from fp4compile.packing import unpack_blocks, unpack_values
 from fp4compile.weight_functions import FUNCTIONS, TRANSPOSES, PackedWeight, by_operator
 from fp4compile.weight_uses import swaps_last_two
@@ -36,6 +36,10 @@ class FP4Tensor(PackedWeight):
     is ``[N, K]``, or ``[K, N]`` when ``transposed`` (weights of addmm and matmul), or that of a
     convolution, ``[N, K / prod(patch), *patch]``; ``dtype`` is the one the parameter had.
 
+    ``channel_order`` int32 ``[codes]``: the channel of every code of a row where they are not in
+    order, K for those that pad; ``exponent_shift`` then has one per code, the same for
+    ``SHIFT_BLOCK`` neighbours (``channel_order.py``).
+
     A stack of experts has a dimension more: ``packed_weight`` ``[E, N, packed_size(K)]``,
     ``weight_scale`` ``[E, N]`` (``[E, 1, 1]`` with blocks), ``block_scale`` ``[E, N, blocks]``, and
     the logical shape ``[E, N, K]`` or ``[E, K, N]``.
@@ -46,6 +50,7 @@ class FP4Tensor(PackedWeight):
     activation_scale: Tensor | None
     exponent_shift: Tensor | None
     block_scale: Tensor | None
+    channel_order: Tensor | None
     weight_format: str
     activation_format: str | None
     granularity: str
@@ -64,6 +69,7 @@ class FP4Tensor(PackedWeight):
         "activation_scale",
         "exponent_shift",
         "block_scale",
+        "channel_order",
     )
     ATTRIBUTES = (
         "weight_format",
@@ -87,6 +93,7 @@ class FP4Tensor(PackedWeight):
         activation_scale: Tensor | None = None,
         exponent_shift: Tensor | None = None,
         block_scale: Tensor | None = None,
+        channel_order: Tensor | None = None,
         *,
         weight_format: str,
         activation_format: str | None = None,
@@ -116,6 +123,7 @@ class FP4Tensor(PackedWeight):
         activation_scale: Tensor | None = None,
         exponent_shift: Tensor | None = None,
         block_scale: Tensor | None = None,
+        channel_order: Tensor | None = None,
         *,
         weight_format: str,
         activation_format: str | None = None,
@@ -135,6 +143,7 @@ class FP4Tensor(PackedWeight):
         self.activation_scale = activation_scale
         self.exponent_shift = exponent_shift
         self.block_scale = block_scale
+        self.channel_order = channel_order
         self.weight_format = weight_format
         self.activation_format = activation_format
         self.granularity = granularity
@@ -146,6 +155,35 @@ class FP4Tensor(PackedWeight):
         self.reduction = reduction
         self.transposed = transposed
         self.patch = patch
+
+    @property
+    def operand_shift_block(self) -> int:
+        """How many neighbours share an exponent shift in the operand; 0 where it has none."""
+        if self.exponent_shift is None or self.shift_in_weight:
+            return 0
+        return 1 if self.channel_order is None else SHIFT_BLOCK
+
+    @property
+    def operand_facts(self) -> tuple[str, Tensor | None, Tensor | None, int]:
+        """What ``fp4::linear`` may know of the operand, from ``operand_format`` on."""
+        return (
+            self.activation_format or "",
+            self.activation_scale if self.granularity == "block" else None,
+            self.exponent_shift if self.operand_shift_block else None,
+            self.operand_shift_block,
+        )
+
+    @property
+    def codes(self) -> int:
+        """Codes of a row: the channels, and what pads blocks of one exponent shift."""
+        return self.reduction if self.channel_order is None else len(self.channel_order)
+
+    @property
+    def channel_shift(self) -> Tensor | None:
+        """``exponent_shift`` in the order of the channels."""
+        if self.exponent_shift is None or self.channel_order is None:
+            return self.exponent_shift
+        return unordered(self.exponent_shift, self.channel_order, self.reduction)
 
     @property
     def stored_bytes(self) -> int:
@@ -191,7 +229,9 @@ class FP4Tensor(PackedWeight):
     def dequantize(self) -> Tensor:
         """The weight that the codes mean, float32, in the logical shape."""
         if self.block_scale is None:
-            values = unpack_values(self.packed_weight, by_name(self.weight_format), self.reduction)
+            values = unpack_values(self.packed_weight, by_name(self.weight_format), self.codes)
+            if self.channel_order is not None:
+                values = unordered(values, self.channel_order, self.reduction)
             weight = values * self.weight_scale.unsqueeze(-1)
         else:
             weight = unpack_blocks(
@@ -220,6 +260,7 @@ class FP4Tensor(PackedWeight):
             x.dtype,
             self.block_scale,
             self.block_size,
+            *self.operand_facts,
         )
 
     def grouped_linear(self, x: Tensor, offsets: Tensor) -> Tensor:
@@ -253,23 +294,27 @@ class FP4Tensor(PackedWeight):
                 self.rotation,
                 self.block_size,
                 self.block_clip,
+                self.channel_order,
             )
         return operand, operand_scale
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Rows of the weight, in its dtype."""
-        return ops.embedding(
+        rows = ops.embedding(
             indices,
             self.packed_weight,
             self.weight_scale,
             self.weight_format,
-            self.reduction,
+            self.codes,
             self.dtype,
             self.block_scale,
             self.block_size,
             self.exponent_shift if self.shift_in_weight else None,
             self.rotation,
         )
+        if self.channel_order is None:
+            return rows
+        return unordered(rows, self.channel_order, self.reduction)
 
     @classmethod
     def __torch_function__(

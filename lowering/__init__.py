@@ -18,16 +18,20 @@ compile_graph = partial(inductor.compile_graph, settings=config.__repr__)
 
 # After the version guard.
 from fp4compile.lowering import ops  # noqa: E402, F401
+from fp4compile.lowering.inductor_gpu import architecture  # noqa: E402
 from fp4compile.lowering.ops.linear import kernel_for  # noqa: E402
 from fp4compile.lowering.serves import services  # noqa: E402
+from fp4compile.lowering.targets.triton_scaled import multiplies_fp4  # noqa: E402
 
 __all__ = [
+    "architecture",
     "calls_in",
     "compile_graph",
     "compile_region",
     "config",
     "inductor",
     "kernel_for",
+    "multiplies_fp4",
     "package",
     "saved_code",
     "services",

@@ -12,7 +12,7 @@ from fp4compile.kernels import REFERENCE
 
 # name = async_compile.cpp_pybinding([...], r'''text''')
 _DEFINITION = re.compile(r"^(\w+) = async_compile\.\w+\(.*?'''(.*?)'''", re.DOTALL | re.MULTILINE)
-_MARKER = re.compile(r"^\s*// fp4compile (\{.*\})$", re.MULTILINE)
+_MARKER = re.compile(r"^\s*(?://|#) fp4compile (\{.*\})$", re.MULTILINE)
 # def call(self, args): arg0_1, arg1_1 = args
 _INPUTS = re.compile(r"^ *def call\(.*?\):\n\s+(.*?),? = args$", re.MULTILINE)
 # [buf = ][torch.ops.]name(arguments)
@@ -23,7 +23,8 @@ _NAME = re.compile(r"\b\w+\b")
 def calls_in(code: str) -> tuple[int, tuple[KernelCall, ...]]:
     """Number of inputs of the graph whose generated ``code`` this is, and its kernel calls.
 
-    A kernel of the templates tells in a comment what it is; another one is Inductor's own; an
+    A kernel of the templates tells in a comment what it is (a GPU's does not tell its epilogue);
+    another one is Inductor's own; an
     fp4:: op that is called as it is runs the eager reference.
     """
     inputs = _INPUTS.search(code)
@@ -45,7 +46,8 @@ def _calls(
         match = _CALL.match(line)
         if match is None:
             continue
-        function, arguments = match[1], match[2]
+        # A Triton kernel is an object: name.run(arguments).
+        function, arguments = match[1].removesuffix(".run"), match[2]
         if function in markers:
             about = markers[function]
             kernel, problem = about.get("kernel", "inductor"), about.get("problem", "")

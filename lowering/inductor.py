@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -432,6 +433,15 @@ def as_vector(node: Any) -> Any:
 def contiguous(node: Any) -> Any:
     """``node`` realized and contiguous."""
     return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
+
+
+def split(node: Any, sizes: Sequence[int]) -> list[Any]:
+    """Views of the last dimension, one after the other."""
+    ends = list(accumulate(sizes))
+    return [
+        inductor_lowering.slice_(node, -1, end - size, end)
+        for end, size in zip(ends, sizes, strict=True)
+    ]
 
 
 def to_dtype(node: Any, dtype: torch.dtype) -> Any:

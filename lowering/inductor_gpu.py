@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -18,11 +19,11 @@ from torch._inductor.select_algorithm import (
 from torch._inductor.virtualized import V
 
 from fp4compile.lowering.config import config
-from fp4compile.lowering.problem import INT8, GemmProblem
+from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget
 
 
-def architecture(device: torch.device) -> str:
+def architecture(device: torch.device | int) -> str:
     """``"sm_90"`` or ``"gfx942"``, of the device that is compiled for."""
     if torch.version.hip is not None:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
@@ -50,34 +51,55 @@ def _template(name: str, source: str, grid: Any) -> TritonTemplate:
 
 
 def gemm(
-    target: TritonTarget, problem: GemmProblem, inputs: dict[str, Any], batch: Sequence[Any]
+    target: TritonTarget,
+    problem: GemmProblem,
+    inputs: dict[str, Any],
+    batch: Sequence[Any],
+    siblings: Sequence[int] = (),
 ) -> Any:
-    """IR node ``[*batch, N]`` computed by the kernel of ``target``."""
+    """IR node ``[*batch, N]`` computed by the kernel of ``target``.
+
+    ``siblings``: rows of each weight where there are several; those inputs that the second has of
+    its own are called ``packed_weight_1`` and so on.
+    """
     rows = inputs["operand"].get_size()[0]
     tile = target.tile(problem, int(V.graph.sizevars.optimization_hint(rows)))
     device, size = inputs["operand"].get_device(), [rows, problem.N]
     if tile.split_k == 1:
         layout = ir.FixedLayout(device, problem.out_dtype, size)
-        result = _call(target, problem, tile, inputs, layout)
+        result = _call(target, problem, tile, inputs, layout, siblings)
     else:
-        matrices = {name: inputs[name] for name in ("operand", "packed_weight")}
-        sum_dtype = torch.int32 if problem.route == INT8 else torch.float32
+        needed = ("operand", *_each("packed_weight", siblings), *target.reads(problem))
+        matrices = {name: inputs[name] for name in needed}
+        sum_dtype = torch.int32 if target.exact_sums(problem) else torch.float32
         layout = ir.FixedLayout(device, sum_dtype, [tile.split_k, *size])
-        parts = _call(target, problem, tile, matrices, layout)
-        result = _epilogue(problem, parts, inputs)
+        parts = _call(target, problem, tile, matrices, layout, siblings)
+        result = _epilogue(problem, parts, inputs, siblings)
     return inductor_lowering.view(result, [*batch, problem.N])
 
 
-def _epilogue(problem: GemmProblem, parts: Any, inputs: dict[str, Any]) -> Any:
+def _each(name: str, siblings: Sequence[int]) -> list[str]:
+    """The input ``name`` of every weight."""
+    return [name, *(f"{name}_{i}" for i in range(1, len(siblings)))]
+
+
+def _joined(name: str, inputs: dict[str, Any], siblings: Sequence[int]) -> Any:
+    vectors = [ir.TensorBox.create(inputs[each]) for each in _each(name, siblings)]
+    return inductor_lowering.pointwise_cat(vectors) if siblings else vectors[0]
+
+
+def _epilogue(
+    problem: GemmProblem, parts: Any, inputs: dict[str, Any], siblings: Sequence[int]
+) -> Any:
     """The result ``[M, N]`` of partial sums ``[parts, M, N]``; fuses with what reads it."""
     total = inductor_lowering.sum_(parts, axis=[0], dtype=parts.get_dtype())
     y = inductor_lowering.to_dtype(total, torch.float32)
     if problem.operand_scale is not None:
         scale = ir.TensorBox.create(inputs["operand_scale"])
         y = inductor_lowering.mul(y, inductor_lowering.view(scale, [-1, 1]))
-    y = inductor_lowering.mul(y, ir.TensorBox.create(inputs["weight_scale"]))
+    y = inductor_lowering.mul(y, _joined("weight_scale", inputs, siblings))
     if problem.bias:
-        bias = ir.TensorBox.create(inputs["bias"])
+        bias = _joined("bias", inputs, siblings)
         y = inductor_lowering.add(y, inductor_lowering.to_dtype(bias, torch.float32))
     y = inductor_lowering.to_dtype(y, problem.out_dtype)
     # Else every reader would sum again.
@@ -91,10 +113,12 @@ def _call(
     tile: Tile,
     inputs: dict[str, Any],
     layout: ir.Layout,
+    siblings: Sequence[int],
 ) -> Any:
-    names = f"{{%- set INPUTS = {list(inputs)!r} %}}\n"
+    marker = json.dumps({"kernel": target.name, "problem": str(problem)})
+    names = f"{{%- set INPUTS = {list(inputs)!r} %}}\n# fp4compile {marker}\n"
     grid = _grid if tile.split_k == 1 else _split_grid
-    template = _template(f"fp4_{target.name}", names + target.source(problem), grid)
+    template = _template(f"fp4_{target.name}", names + target.source(problem, siblings), grid)
     choices: list[Any] = []
     declined = template.maybe_append_choice(
         choices,

@@ -28,6 +28,8 @@ class GemmProblem:
     out_dtype: torch.dtype
     device: str = "cpu"
     architecture: str = ""  # of a GPU, "sm_90" or "gfx942"
+    operand_format: str = ""  # whose integer values the operand holds; "" if unknown
+    shift_block: int = 0  # neighbours that share an exponent shift in the operand; 0 without shifts
 
     @property
     def formats(self) -> tuple[FloatFormat, ...]:

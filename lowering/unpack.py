@@ -30,10 +30,21 @@ _OR_MASKED = 0xF0 & 0xCC | 0xAA  # (a & b) | c
 def int8_ptx(fmt: FloatFormat) -> str:
     """$2 four bytes; $0 int8 values of the low nibbles, $1 of the high ones. 13 instructions."""
     positive = fmt.integer_values[:HALF]
+    return _bytes_ptx(positive, [-value for value in positive])
+
+
+def float8_ptx(fmt: FloatFormat, dtype: torch.dtype) -> str:
+    """As :func:`int8_ptx`, to the bytes of an 8-bit float type that has a sign bit and zeros."""
+    values = torch.tensor(fmt.integer_values[:HALF], dtype=torch.float32)
+    positive = values.to(dtype).view(torch.uint8).tolist()
+    return _bytes_ptx(positive, [value | 128 for value in positive])
+
+
+def _bytes_ptx(positive: Sequence[int], negative: Sequence[int]) -> str:
     lines = [
         *_codes(),
         *(f"prmt.b32 p{i}, {_words(positive)}, c{i}" for i in (0, 1)),
-        *(f"prmt.b32 n{i}, {_words([-v for v in positive])}, c{i}" for i in (0, 1)),
+        *(f"prmt.b32 n{i}, {_words(negative)}, c{i}" for i in (0, 1)),
         *_masks(),
         *(f"lop3.b32 v{i}, s{i}, n{i}, p{i}, {_SELECT:#x}" for i in (0, 1)),
         f"prmt.b32 $0, v0, v1, {_EVEN}",

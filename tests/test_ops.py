@@ -104,6 +104,17 @@ def test_schemas_and_fake_kernels_hold():
         test_utils=checks,
     )
     torch.library.opcheck(
+        torch.ops.fp4.linears.default,
+        (x, None, [packed, packed], [torch.ones(5)] * 2, [], "e2m1", torch.float32, []),
+        test_utils=checks,
+    )
+    order = torch.tensor([3, 1, 8, 0], dtype=torch.int32)
+    torch.library.opcheck(
+        torch.ops.fp4.quantize_activation.default,
+        (x, one, None, "e2m1", "tensor", False, False, 1, 0, 1.0, order),
+        test_utils=checks,
+    )
+    torch.library.opcheck(
         torch.ops.fp4.embedding.default,
         (torch.tensor([1]), packed, torch.ones(5), "e2m1", 8, torch.float32),
         test_utils=checks,

@@ -12,10 +12,12 @@ from rich.console import Group
 from rich.text import Text
 
 import fp4compile
+from fp4compile.channel_order import order_channels
 from fp4compile.codegen import KernelSummary, codegen, gpu_of
 from fp4compile.commands.loading import load
 from fp4compile.commands.options import Dtype, JsonPath, Model, Preset, dtype_of, spec_of
 from fp4compile.commands.output import emit, table, working
+from fp4compile.compile import load_lowerings
 from fp4compile.errors import CompileError
 
 EXAMPLES = """
@@ -45,12 +47,15 @@ def command(
     A MODEL that is not quantized is quantized first by min-max: the kernels hardly depend on the
     search. Tiles are chosen for the batch and length given; both stay dynamic where they are not 1.
     """
-    gpu_of(target)  # a mistake is told before the model is loaded
+    gpu = gpu_of(target)  # a mistake is told before the model is loaded
     loaded = load(model, dtype_of(dtype))
     network: Any = loaded.model if layers is None else _first(loaded.model, layers)
     ids = torch.randint(network.config.get_text_config().vocab_size, (batch, length))
     if not loaded.is_quantized:
         fp4compile.quantize(network, [ids], spec_of(preset, per_token=False), method="minmax")
+
+    if load_lowerings().multiplies_fp4(gpu.name):
+        order_channels(network)  # as compile_model does on that GPU
 
     def forward(ids: torch.Tensor) -> Any:
         return network(ids, use_cache=False).logits

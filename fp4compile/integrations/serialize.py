@@ -126,7 +126,7 @@ def bits_per_parameter(model: nn.Module) -> float:
 
 def _checked_bytes(name: str, weight: FP4Tensor) -> int:
     bits = alternatives(weight.weight_format)[0].bits
-    codes = weight.packed_weight.shape[:-1].numel() * packed_size(weight.reduction, bits)
+    codes = weight.packed_weight.shape[:-1].numel() * packed_size(weight.codes, bits)
     if weight.packed_weight.nbytes != codes:
         raise CheckpointError(
             f"the codes of {name} take {weight.packed_weight.nbytes} bytes, {weight.weight_format} "

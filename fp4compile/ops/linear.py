@@ -35,6 +35,10 @@ def linear(
     out_dtype: torch.dtype,
     block_scale: Tensor | None = None,
     block_size: int = 0,
+    operand_format: str = "",
+    operand_outer: Tensor | None = None,
+    operand_shift: Tensor | None = None,
+    shift_block: int = 0,
 ) -> Tensor:
     """``y[m, n] = (sum_k operand[m, k] * w[n, k]) * operand_scale[m] * weight_scale[n] + bias[n]``.
 
@@ -49,6 +53,15 @@ def linear(
         out_dtype: dtype of the result.
         block_scale: uint8 ``[N, blocks]``, codes of ``blocks.py``, or None.
         block_size: channels per block of ``block_scale`` and of ``operand_scale``.
+        operand_format: the format, a name in ``formats.FORMATS``, whose integer values
+            ``operand`` holds; "" if unknown.
+        operand_outer: float32 0-d. Every ``operand_scale`` of a block is this times an E4M3 number.
+        operand_shift: int8 ``[K]``, exponents of the powers of two that the channels of
+            ``operand`` were multiplied by after rounding; None for none.
+        shift_block: that many neighbours from channel 0 on have the same ``operand_shift``.
+
+    The last four change nothing in the result: they say what the operand is made of, so that
+    hardware which multiplies such numbers natively can be given them.
 
     Returns:
         ``[..., N]`` in ``out_dtype``. Without blocks, with an int8 operand and a weight format
@@ -114,5 +127,9 @@ def _(
     out_dtype: torch.dtype,
     block_scale: Tensor | None = None,
     block_size: int = 0,
+    operand_format: str = "",
+    operand_outer: Tensor | None = None,
+    operand_shift: Tensor | None = None,
+    shift_block: int = 0,
 ) -> Tensor:
     return operand.new_empty((*operand.shape[:-1], packed_weight.shape[0]), dtype=out_dtype)

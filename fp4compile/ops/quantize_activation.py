@@ -9,7 +9,7 @@ from fp4compile.blocks import block_count
 from fp4compile.errors import SpecError
 from fp4compile.formats import alternatives
 from fp4compile.numerics import power_of_two
-from fp4compile.operand import round_operand, transformed
+from fp4compile.operand import ordered, round_operand, transformed
 
 GRANULARITIES = ("tensor", "token", "block")
 
@@ -32,6 +32,7 @@ def quantize_activation(
     rotation: int = 1,
     block_size: int = 0,
     block_clip: float = 1.0,
+    channel_order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize ``x`` so that ``H_rotation(x * 2^-shift) ~ operand * operand_scale``.
 
@@ -50,6 +51,8 @@ def quantize_activation(
         rotation: size of the Hadamard matrix that multiplies neighbouring channels; 1 for none.
         block_size: channels that share a block scale, a power of two.
         block_clip: second maximum that a block may take, as a factor of its own; 1 for none.
+        channel_order: int32, the channels of the operand; K stands for zeros. ``exponent_shift`` is
+            that of the operand's channels. None for the channels as they are.
 
     Returns:
         ``operand`` ``[..., K]``: integer values (``<< exponent_shift``), int8 or bfloat16
@@ -60,6 +63,8 @@ def quantize_activation(
     """
     if granularity not in GRANULARITIES:
         raise SpecError(f"activation granularity {granularity!r} is not one of {GRANULARITIES}")
+    if channel_order is not None:
+        x = ordered(x, channel_order)
     values = transformed(x, exponent_shift, rotation, shift_folded)
     steps, operand_scale = round_operand(values, scale, format, granularity, block_size, block_clip)
     if exponent_shift is not None and not shift_in_weight:
@@ -79,13 +84,13 @@ def _(
     rotation: int = 1,
     block_size: int = 0,
     block_clip: float = 1.0,
+    channel_order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    operand = torch.empty_like(
-        x, dtype=operand_dtype(format), memory_format=torch.contiguous_format
-    )
+    channels = x.shape[-1] if channel_order is None else channel_order.shape[0]
+    operand = x.new_empty((*x.shape[:-1], channels), dtype=operand_dtype(format))
     scale_shape: tuple[int | torch.SymInt, ...] = ()
     if granularity == "token":
         scale_shape = (*x.shape[:-1], 1)
     elif granularity == "block":
-        scale_shape = (*x.shape[:-1], block_count(x.shape[-1], block_size))
+        scale_shape = (*x.shape[:-1], block_count(channels, block_size))
     return operand, x.new_empty(scale_shape, dtype=torch.float32)

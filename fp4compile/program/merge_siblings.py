@@ -41,7 +41,7 @@ def _arguments(node: fx.Node) -> list[Any]:
 def _key(capture: Capture, node: fx.Node) -> Any:
     """Equal for linears that can be one; None for one that stays alone."""
     operand, scale, *weight_and_settings = _arguments(node)
-    packed, weight_scale, bias, format_, dtype, block_scale, block_size = weight_and_settings
+    packed, weight_scale, bias, format_, dtype, block_scale, block_size = weight_and_settings[:7]
     tensors = [value for value in (packed, weight_scale, bias, block_scale) if value is not None]
     if any(value not in capture.constants for value in tensors):
         return None

@@ -30,23 +30,25 @@ def linear(
     out_dtype: torch.dtype,
     block_scale: Any = None,
     block_size: int = 0,
+    operand_format: str = "",
+    operand_outer: Any = None,
+    operand_shift: Any = None,
+    shift_block: int = 0,
 ) -> Any:
     problem = GemmProblem(
         N=inductor.static_int(packed_weight.get_size()[0]),
         K=inductor.static_int(operand.get_size()[-1]),
         weight_format=weight_format.lower(),
         operand_dtype=operand.get_dtype(),
-        operand_scale=_granularity(operand_scale, block_scale),
+        operand_scale=granularity_of(operand_scale, block_scale),
         block_size=inductor.static_int(block_size),
         bias=bias is not None,
         out_dtype=out_dtype,
-        **_place(operand.get_device()),
+        **place(operand.get_device()),
+        operand_format=operand_format,
+        shift_block=0 if operand_shift is None else max(1, inductor.static_int(shift_block)),
     )
-    if not inductor.source_hash_installed():
-        log.warning(
-            "post_grad_custom_pre_pass was assigned after fp4compile.lowering was imported; "
-            "Inductor's cache may serve kernels of another version of fp4compile"
-        )
+    warn_of_stale_cache()
     target, _ = choose(problem, targets_of(problem.device))
     if target is None:
         return _reference(
@@ -59,6 +61,10 @@ def linear(
             out_dtype,
             block_scale,
             block_size,
+            operand_format,
+            operand_outer,
+            operand_shift,
+            shift_block,
         )
     inputs = {
         "operand": inductor.as_matrix(operand),
@@ -73,19 +79,30 @@ def linear(
     if isinstance(target, TritonTarget):
         if bias is not None:
             inputs["bias"] = inductor.as_vector(bias)
+        extra = {"operand_outer": operand_outer, "operand_shift": operand_shift}
+        inputs |= {name: inductor.as_vector(extra[name]) for name in target.reads(problem)}
         return inductor_gpu.gemm(target, problem, inputs, batch)
     if bias is not None:
         inputs["bias"] = inductor.as_vector(inductor.to_dtype(bias, torch.float32))
     return inductor.gemm(f"fp4_{target.name}", target.source(problem), problem, inputs, batch)
 
 
-def _place(device: torch.device) -> dict[str, str]:
+def warn_of_stale_cache() -> None:
+    """Where the user's own pass has replaced ours, Inductor's cache does not see our sources."""
+    if not inductor.source_hash_installed():
+        log.warning(
+            "post_grad_custom_pre_pass was assigned after fp4compile.lowering was imported; "
+            "Inductor's cache may serve kernels of another version of fp4compile"
+        )
+
+
+def place(device: torch.device) -> dict[str, str]:
     if device.type != "cuda":
         return {"device": device.type}
     return {"device": device.type, "architecture": inductor_gpu.architecture(device)}
 
 
-def _granularity(operand_scale: Any, block_scale: Any) -> str | None:
+def granularity_of(operand_scale: Any, block_scale: Any) -> str | None:
     if operand_scale is None:
         return None
     if not operand_scale.get_size():
@@ -100,7 +117,7 @@ def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
     if weight.packed_weight.dim() == 3:
         experts, rows, _ = weight.packed_weight.shape
         return grouped_kernel(experts, rows, weight.reduction)
-    rows, columns = weight.packed_weight.shape[0], weight.reduction
+    rows, columns = weight.packed_weight.shape[0], weight.codes
     activation = weight.activation_format
     granularity = None if activation is None else weight.granularity
     if granularity == "block" and columns <= weight.block_size:
@@ -114,6 +131,8 @@ def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
         block_size=weight.block_size,
         bias=bias,
         out_dtype=weight.dtype,
-        **_place(weight.device),
+        **place(weight.device),
+        operand_format=activation or "",
+        shift_block=weight.operand_shift_block,
     )
     return choose(problem, targets_of(problem.device))[1]

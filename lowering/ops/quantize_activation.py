@@ -17,6 +17,7 @@ from fp4compile.lowering.config import config
 from fp4compile.lowering.problem import ActivationProblem
 from fp4compile.lowering.targets.template import text
 from fp4compile.numerics import power_of_two
+from fp4compile.operand import ordered
 from fp4compile.ops.quantize_activation import operand_dtype
 
 _OP = torch.ops.fp4.quantize_activation.default
@@ -37,10 +38,13 @@ def quantize_activation(
     rotation: int = 1,
     block_size: int = 0,
     block_clip: float = 1.0,
+    channel_order: Any = None,
 ) -> tuple[Tensor, Tensor]:
     if granularity == "block" or rotation > 1:
         return NotImplemented
     fmt = by_name(format)
+    if channel_order is not None:
+        x = ordered(x, channel_order)
     values = x.to(torch.float32)
     if exponent_shift is not None and not shift_folded:
         values = values * power_of_two(-exponent_shift)
@@ -66,6 +70,7 @@ def quantize_rows(
     rotation: int = 1,
     block_size: int = 0,
     block_clip: float = 1.0,
+    channel_order: Any = None,
 ) -> tuple[Any, Any]:
     problem = ActivationProblem(
         K=inductor.static_int(x.get_size()[-1]),
@@ -80,6 +85,8 @@ def quantize_rows(
         device=x.get_device().type,
     )
     reason = _declines(problem)
+    if channel_order is not None:
+        reason = "its channels are in another order"
     if reason is not None:
         record(problem, REFERENCE, (reason,))
         return _reference(
@@ -93,6 +100,7 @@ def quantize_rows(
             rotation,
             block_size,
             block_clip,
+            channel_order,
         )
     record(problem, "cpp")
     inputs = {"x": inductor.as_matrix(x), "scale": inductor.as_vector(scale)}

@@ -8,7 +8,10 @@ from fp4compile.lowering.targets import (
     cpp_portable,
     triton_blocks,
     triton_float,
+    triton_float8,
     triton_int8,
+    triton_scaled,
+    triton_wide,
 )
 from fp4compile.lowering.targets.template import CppTarget
 from fp4compile.lowering.targets.triton_gemm import TritonTarget
@@ -19,9 +22,12 @@ CPU_TARGETS: tuple[CppTarget, ...] = (
     cpp_portable.TARGET,
 )
 GPU_TARGETS: tuple[TritonTarget, ...] = (
+    triton_scaled.TARGET,
+    triton_float8.TARGET,
     triton_int8.TARGET,
     triton_float.TARGET,
     triton_blocks.TARGET,
+    triton_wide.TARGET,
 )
 
 

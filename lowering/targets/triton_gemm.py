@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets.template import text
+from fp4compile.packing import packed_size
 
 # About what data-centre GPUs of the last generations have.
 MULTIPROCESSORS = 128
@@ -39,19 +40,34 @@ class TritonTarget:
     declines: Callable[[GemmProblem], str | None]
     parameters: Callable[[GemmProblem], dict[str, Any]]
     tile: Callable[[GemmProblem, int], Tile]
+    # Which of operand_outer and operand_shift its text reads.
+    reads: Callable[[GemmProblem], tuple[str, ...]] = lambda problem: ()
+    bits: tuple[int, ...] = (4,)
 
     def supports(self, problem: GemmProblem) -> str | None:
         """None, or the reason for declining ``problem``."""
-        return _layout_reason(problem) or self.declines(problem)
+        return _layout_reason(problem, self.bits) or self.declines(problem)
 
-    def source(self, problem: GemmProblem) -> str:
-        """Kernel text (jinja); only a tile's sizes are missing."""
+    def exact_sums(self, problem: GemmProblem) -> bool:
+        """Whether it sums in int32; else in float32."""
+        return bool(self.parameters(problem)["SUM_TYPE"] == "tl.int32")
+
+    def source(self, problem: GemmProblem, rows: Sequence[int] = ()) -> str:
+        """Kernel text (jinja); only a tile's sizes are missing.
+
+        ``rows``: of each weight, where the N of the problem are those of several.
+        """
         parameters = {
             "N": problem.N,
+            "ROWS": list(rows) or [problem.N],
             "K": problem.K,
+            "BYTES": packed_size(problem.K, problem.format.bits),
             "OPERAND_SCALE": problem.operand_scale or "",
             "BIAS": problem.bias,
             "BLOCK_SCALES": problem.block_size > 0,
+            "OPERAND_FACTOR": 1.0,
+            "UNIT": 1.0,
+            "DOT_OPTIONS": "",
             **self.parameters(problem),
         }
         settings = [f"{{%- set {name} = {value!r} %}}" for name, value in parameters.items()]
@@ -59,11 +75,11 @@ class TritonTarget:
         return "\n".join((*settings, *map(text, parts)))
 
 
-def _layout_reason(problem: GemmProblem) -> str | None:
+def _layout_reason(problem: GemmProblem, bits: tuple[int, ...]) -> str | None:
     if problem.device != "cuda":
         return f"the operand is on {problem.device}"
-    if problem.format.bits != 4:
-        return f"{problem.weight_format} has {problem.format.bits} bits; the kernels read nibbles"
+    if problem.format.bits not in bits:
+        return f"{problem.weight_format} has {problem.format.bits} bits; it reads codes of {bits}"
     return None
 
 
@@ -87,6 +103,11 @@ def splits(problem: GemmProblem, block_n: int, block_k: int) -> int:
 
 
 def capability(problem: GemmProblem) -> int:
+    """As :func:`architecture_number`."""
+    return architecture_number(problem.architecture)
+
+
+def architecture_number(architecture: str) -> int:
     """NVIDIA's compute capability times ten; 0 for other vendors."""
-    vendor, _, number = problem.architecture.partition("_")
+    vendor, _, number = architecture.partition("_")
     return int(number) if vendor == "sm" else 0

@@ -23,6 +23,7 @@ from fp4compile.errors import CompileError
 from fp4compile.lowering.gpus import Gpu
 from fp4compile.lowering.testing.device import fake_gpu
 from fp4compile.lowering.testing.machine_code import MachineCode, machine_code
+from fp4compile.siblings import merge_siblings
 
 _DEVICE = torch.device("cuda", 0)
 
@@ -40,7 +41,7 @@ class Generated:
 def compile_for(
     function: Callable[..., Any], inputs: Sequence[Any], gpu: Gpu, *, dynamic: bool | None = None
 ) -> tuple[Generated, ...]:
-    """What ``torch.compile`` makes of ``function(*inputs)`` for ``gpu``, one item per graph.
+    """What backend ``fp4compile`` makes of ``function(*inputs)`` for ``gpu``, one item per graph.
 
     Args:
         function: a module or function whose tensors are on the CPU; it also runs there, eagerly.
@@ -52,7 +53,8 @@ def compile_for(
     """
     graphs: list[Generated] = []
 
-    def backend(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = merge_siblings(graph, inputs)
         with fake_gpu(gpu) as autotuners, _sources() as sources:
             compiled_on_gpu(graph)
         kernels = [machine_code(result) for tuner in autotuners for result in tuner.compile_results]

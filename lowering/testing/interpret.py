@@ -9,21 +9,21 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import fx
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from triton.runtime.jit import JITFunction
 
 from fp4compile.lowering.gpus import Gpu
 from fp4compile.lowering.testing.device import fake_gpu
 from fp4compile.lowering.testing.generate import compiled_on_gpu, run
 from fp4compile.lowering.testing.libdevice import LIBDEVICE
+from fp4compile.lowering.testing.products import PRODUCTS, dot_scaled
 from fp4compile.lowering.testing.ptx import inline_asm_elementwise
+from fp4compile.siblings import merge_siblings
 
 # Modules of functions that kernels call; compiled when they were imported.
 _LIBRARIES: tuple[ModuleType, ...] = (tl, tl.standard, triton_helpers)
@@ -56,7 +56,8 @@ def interpret_with_sources(
     """As :func:`interpret`, with the module that ran for each graph."""
     sources: list[str] = []
 
-    def backend(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = merge_siblings(graph, inputs)
         with fake_gpu(gpu), interpreter(), _calls_interpreted(gpu, sources):
             return compiled_on_gpu(graph)
 
@@ -117,22 +118,10 @@ def interpreter() -> Iterator[None]:
             setattr(triton_helpers, name, reduction)
         triton_helpers.libdevice = LIBDEVICE
         tl.inline_asm_elementwise = inline_asm_elementwise
-        stack.enter_context(patch.object(InterpreterBuilder, "create_dot", _dot))
+        tl.dot_scaled = dot_scaled
+        for name, function in PRODUCTS.items():
+            stack.enter_context(patch.object(InterpreterBuilder, name, function))
         yield
-
-
-def _dot(_: Any, a: Any, b: Any, accumulator: Any, *__: Any) -> TensorHandle:
-    """Its own multiplies the bits of bfloat16 as if they were integers."""
-    exact = np.float64 if a.dtype.is_int() else np.float32
-    product = _numbers(a).astype(exact) @ _numbers(b).astype(exact)
-    result = product.astype(accumulator.data.dtype) + accumulator.data
-    return TensorHandle(result, accumulator.dtype.scalar)
-
-
-def _numbers(x: TensorHandle) -> NDArray[Any]:
-    if x.dtype.scalar != tl.bfloat16:
-        return x.data
-    return (x.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _restore(snapshots: list[tuple[Any, dict[str, Any]]]) -> None:

@@ -85,8 +85,14 @@ def _words(data: NDArray[Any], pack: int) -> Words:
     return np.ascontiguousarray(data).reshape(-1, pack).view(np.uint32)[:, 0]
 
 
-# The interpreter keeps bfloat16 as its bits.
-_STORED = {tl.int8: np.int8, tl.float16: np.float16, tl.bfloat16: np.uint16}
+# The interpreter keeps bfloat16 and the 8-bit floats as their bits.
+_STORED = {
+    tl.int8: np.int8,
+    tl.float16: np.float16,
+    tl.bfloat16: np.uint16,
+    tl.float8e4nv: np.uint8,
+    tl.float8e5: np.uint8,
+}
 
 
 def _tensor(registers: Sequence[Words], dtype: Any, shape: Any) -> Any:

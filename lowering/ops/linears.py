@@ -1,0 +1,83 @@
+"""Lowering of fp4::linears: one kernel on NVIDIA's GPUs, else a kernel of each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fp4compile.lowering import inductor, inductor_gpu
+from fp4compile.lowering.choice import choose
+from fp4compile.lowering.ops.linear import granularity_of, linear, place, warn_of_stale_cache
+from fp4compile.lowering.problem import GemmProblem
+from fp4compile.lowering.targets import TritonTarget, targets_of
+from fp4compile.lowering.targets.triton_gemm import capability
+
+
+@inductor.register(torch.ops.fp4.linears.default)
+def linears(
+    operand: Any,
+    operand_scale: Any,
+    packed_weights: Sequence[Any],
+    weight_scales: Sequence[Any],
+    biases: Sequence[Any],
+    weight_format: str,
+    out_dtype: torch.dtype,
+    block_scales: Sequence[Any],
+    block_size: int = 0,
+    operand_format: str = "",
+    operand_outer: Any = None,
+    operand_shift: Any = None,
+    shift_block: int = 0,
+) -> list[Any]:
+    warn_of_stale_cache()
+    rows = [inductor.static_int(packed.get_size()[0]) for packed in packed_weights]
+    scales = block_scales[0] if block_scales else None
+    problem = GemmProblem(
+        N=sum(rows),
+        K=inductor.static_int(operand.get_size()[-1]),
+        weight_format=weight_format.lower(),
+        operand_dtype=operand.get_dtype(),
+        operand_scale=granularity_of(operand_scale, scales),
+        block_size=inductor.static_int(block_size),
+        bias=bool(biases),
+        out_dtype=out_dtype,
+        **place(operand.get_device()),
+        operand_format=operand_format,
+        shift_block=0 if operand_shift is None else max(1, inductor.static_int(shift_block)),
+    )
+    facts = (operand_format, operand_outer, operand_shift, shift_block)
+    target, _ = choose(problem, targets_of(problem.device))
+    # Triton's compiler for AMD does not choose among pointers to several buffers.
+    if not isinstance(target, TritonTarget) or not capability(problem):
+        return [
+            linear(
+                operand,
+                operand_scale,
+                packed,
+                weight_scales[i],
+                biases[i] if biases else None,
+                weight_format,
+                out_dtype,
+                block_scales[i] if block_scales else None,
+                block_size,
+                *facts,
+            )
+            for i, packed in enumerate(packed_weights)
+        ]
+    inputs = {"operand": inductor.as_matrix(operand)}
+    inputs |= _numbered("packed_weight", map(inductor.as_matrix, packed_weights))
+    inputs |= _numbered("weight_scale", map(inductor.as_vector, weight_scales))
+    inputs |= _numbered("block_scale", map(inductor.as_matrix, block_scales))
+    inputs |= _numbered("bias", map(inductor.as_vector, biases))
+    if operand_scale is not None:
+        inputs["operand_scale"] = inductor.as_vector(operand_scale)
+    extra = {"operand_outer": operand_outer, "operand_shift": operand_shift}
+    inputs |= {name: inductor.as_vector(extra[name]) for name in target.reads(problem)}
+    y = inductor_gpu.gemm(target, problem, inputs, operand.get_size()[:-1], rows)
+    return inductor.split(y, rows)
+
+
+def _numbered(name: str, nodes: Any) -> dict[str, Any]:
+    return {name if i == 0 else f"{name}_{i}": node for i, node in enumerate(nodes)}
