@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 import fp4compile
 from fp4compile.compile import compile_model
+from fp4compile.lowering.config import config
 
 DATA = [tokens(seed=1), tokens(seed=2)]
 
@@ -88,12 +89,12 @@ def test_the_report_names_every_kernel(compiled):
     assert all(choice.problem for choice in kernels.values())
 
 
-def test_a_kernel_that_falls_back_says_so(caplog):
+def test_a_kernel_that_falls_back_says_so(caplog, monkeypatch):
+    monkeypatch.setattr(config, "cpu_target", "reference")
     with caplog.at_level(logging.INFO, logger="fp4compile"):
         model = fp4compile.quantize(
             tiny_llama(),
             DATA,
-            "w6a6",
             method="minmax",
             targets=["*.0.mlp.down_proj"],
             progress=False,
@@ -101,7 +102,7 @@ def test_a_kernel_that_falls_back_says_so(caplog):
         compile_model(model)
     (choice,) = model.fp4_report.kernels.values()
     assert choice.is_reference
-    assert "6 bits" in choice.reason
+    assert "forced" in choice.reason
     assert choice.reason in caplog.text
 
 
@@ -122,6 +123,15 @@ def test_torch_compile_takes_quantized_models(backend):
     expected = model(x)
     got = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)(x)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("preset", ["w6a6", "w8a8"])
+def test_wider_weights_compile_to_kernels(preset):
+    x = torch.randn(5, 16)
+    model = fp4compile.quantize(Linears(), [x], preset, progress=False)
+    expected = model(x)
+    torch.testing.assert_close(compile_model(model)(x), expected, rtol=1e-5, atol=1e-5)
+    assert not any(choice.is_reference for choice in model.fp4_report.kernels.values())
 
 
 def test_blocks_and_rotation_compile_to_kernels():
