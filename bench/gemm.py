@@ -1,9 +1,10 @@
-"""One linear layer: FP4 (activation quantization included) beside torch's bf16 and fp32."""
+"""One linear layer in 4, 6 and 8 bits (activation quantization included) beside bf16 and fp32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ from fp4compile.tensor import FP4Tensor
 WORKING_SET_BYTES = 128 << 20
 BANDWIDTH_FLOATS = 64 << 20
 BLOCK_SIZE, ROTATION, BLOCK_CLIP = 32, 64, 0.85
+# Where it is not 4.
+WEIGHT_BITS = {
+    "fp4 w4a4 block 32": 4 + 8 / BLOCK_SIZE,
+    "w6a6 e2m3": 6,
+    "w8a8 e1m6": 8,
+    "w8a8 e4m3": 8,
+    "bf16": 16,
+    "fp32": 32,
+}
 
 
 @dataclass(frozen=True)
@@ -52,11 +62,12 @@ def run(
     """Results for every shape (N, K) and M, all candidates of one M in one interleaved run."""
     torch.set_num_threads(threads)
     fp4compile.load_lowerings()
-    with torch.device(device):
+    # Dynamo counts every candidate, and M = 1 apart, against one limit.
+    with torch.device(device), torch._dynamo.config.patch(recompile_limit=32):
         # A GPU's caches hold more.
         buffer = torch.ones(BANDWIDTH_FLOATS * (1 if device == "cpu" else 8))
         for N, K in shapes:
-            layers = _layers(N, K)
+            layers = _layers(N, K, device)
             for M in rows:
                 x = torch.randn(M, K)
                 calls = {name: make(x) for name, make in layers.items()}
@@ -77,34 +88,39 @@ def _nothing() -> None:
 def _result(
     name: str, M: int, N: int, K: int, threads: int, timing: Timing, bandwidth: float, device: str
 ) -> GemmResult:
-    bits = {"fp32": 32, "bf16": 16, "fp4 w4a4 block 32": 4 + 8 / BLOCK_SIZE}.get(name, 4)
-    rate = N * K * bits / 8 / timing.median
+    rate = N * K * WEIGHT_BITS.get(name, 4) / 8 / timing.median
     gops = 2 * M * N * K / timing.median / 1e9
     return GemmResult(name, M, N, K, threads, timing, gops, rate / bandwidth, device)
 
 
-def _layers(N: int, K: int) -> dict[str, Callable[[Tensor], Callable[[], Tensor]]]:
+def _layers(N: int, K: int, device: str) -> dict[str, Callable[[Tensor], Callable[[], Tensor]]]:
     """Ways to compute the layer; each takes x and gives a call that walks through its weights."""
     copies = max(1, WORKING_SET_BYTES // (N * K // 2))
-    w4a4 = [_fp4_weight(N, K, "e2m1") for _ in range(copies)]
+    w4a4 = [_weight(N, K, "e2m1", "e2m1") for _ in range(copies)]
     blocks = [_fp4_blocks(N, K) for _ in range(copies)]
-    w4a16 = [_fp4_weight(N, K, None) for _ in range(copies)]
+    w4a16 = [_weight(N, K, "e2m1", None) for _ in range(copies)]
+    wide = {
+        name: [_weight(N, K, name[-4:], name[-4:]) for _ in range(max(1, copies // 2))]
+        for name in ("w6a6 e2m3", "w8a8 e1m6", "w8a8 e4m3")
+        if device == "cpu"  # the only one with kernels for them
+    }
     full = torch.randn(N, K)
     bf16 = [full.to(torch.bfloat16) for _ in range(max(1, copies // 4))]
     fp32 = [full.clone() for _ in range(max(1, copies // 8))]
     torch.compiler.reset()
     compiled = torch.compile(lambda x, w: F.linear(x, w), dynamic=True, fullgraph=True)
     return {
-        "fp4 w4a4": lambda x: _walk(compiled, x, w4a4),
-        "fp4 w4a4 block 32": lambda x: _walk(compiled, x, blocks),
-        "fp4 w4a16": lambda x: _walk(compiled, x.to(torch.bfloat16), w4a16),
-        "bf16": lambda x: _walk(F.linear, x.to(torch.bfloat16), bf16),
-        "fp32": lambda x: _walk(F.linear, x, fp32),
+        "fp4 w4a4": partial(_walk, compiled, w4a4),
+        "fp4 w4a4 block 32": partial(_walk, compiled, blocks),
+        "fp4 w4a16": lambda x: _walk(compiled, w4a16, x.to(torch.bfloat16)),
+        **{name: partial(_walk, compiled, weights) for name, weights in wide.items()},
+        "bf16": lambda x: _walk(F.linear, bf16, x.to(torch.bfloat16)),
+        "fp32": partial(_walk, F.linear, fp32),
     }
 
 
 def _walk(
-    linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: list[Tensor]
+    linear: Callable[[Tensor, Tensor], Tensor], weights: list[Tensor], x: Tensor
 ) -> Callable[[], Tensor]:
     position = 0
 
@@ -116,14 +132,15 @@ def _walk(
     return call
 
 
-def _fp4_weight(N: int, K: int, activation: str | None) -> Tensor:
-    codes = torch.randint(0, 16, (N, K), dtype=torch.uint8)
+def _weight(N: int, K: int, format: str, activation: str | None) -> Tensor:
+    bits = by_name(format).bits
+    codes = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8)
     scale = torch.tensor(3.0 / by_name(activation).max_integer) if activation else None
     return FP4Tensor(
-        pack(codes, 4),
+        pack(codes, bits),
         torch.rand(N) + 0.1,
         scale,
-        weight_format="e2m1",
+        weight_format=format,
         activation_format=activation,
         reduction=K,
         dtype=torch.float32 if activation else torch.bfloat16,

@@ -91,7 +91,7 @@ def run(
         first: dict[str, dict[str, Any]] = {}
         warm: dict[str, float | None] = {}
         for name in names:
-            reason = reason_absent(name)
+            reason = reason_absent(name, model)
             if reason is not None:
                 yield Skipped(name, reason)
                 continue

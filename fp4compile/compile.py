@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import fx, nn
 
 from fp4compile.channel_order import order_channels
-from fp4compile.coverage import recorded
-from fp4compile.errors import CompileError
+from fp4compile.coverage import attributed, recorded
 from fp4compile.program.dispatch import Dispatcher
-from fp4compile.program.generate import GenerateWithStaticCache, takes_static_cache
+from fp4compile.program.generate import leave_generate, use_static_cache
+from fp4compile.program.program import CompiledRegion
+from fp4compile.program.regions import Region
 from fp4compile.quantize_graph import quantize_graph
 from fp4compile.report import Report
 from fp4compile.siblings import merge_siblings
@@ -79,13 +81,19 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def compile_model(model: nn.Module) -> nn.Module:
+def compile_model(model: nn.Module, *, programs: bool = True) -> nn.Module:
     """Compile ``model``'s forward in place; batch and sequence stay dynamic.
 
     ``generate`` calls the forward, so it is compiled too; transformers' own compilation of the
     decode step is switched off, since it would compile the compiled forward again. What
     ``torch.compile`` returned stays as it is. On a GPU that multiplies 4-bit floats the channels of
     weights are sorted by their exponent shifts (``order_channels``).
+
+    Args:
+        programs: on a CPU, run calls as programs (docs/cpu.md): repeated blocks compile once, no
+            guards run between the steps of ``generate``, and it uses a static cache where nobody
+            asks for another. Calls that no program can take are compiled by Dynamo, as all are
+            with False; a warning of the logger ``fp4compile`` has the reason.
     """
     lowering = load_lowerings()
     wrapper, model = model, uncompiled(model)
@@ -103,7 +111,7 @@ def compile_model(model: nn.Module) -> nn.Module:
         logger.info("kernels: %s", ", ".join(f"{n} x {target}" for target, n in counts.items()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     if wrapper is model:
-        model.compile(backend=recorded(model, fp4compile_backend, lowering), dynamic=True)
+        _compile(model, lowering, programs=programs)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True
@@ -117,32 +125,23 @@ def _architectures(model: nn.Module, lowering: ModuleType) -> set[str]:
     return {lowering.architecture(device) for device in devices}
 
 
-def run_as_programs(model: nn.Module) -> nn.Module:
-    """Let the calls of a compiled model run as programs (docs/cpu.md).
-
-    Repeated blocks compile once, and no guards run between the steps of ``generate``, which then
-    uses a static cache where nobody asks for another. Calls that no program can take run as before.
-
-    ``verify()`` does not see the code of programs.
-
-    Raises:
-        CompileError: ``model`` was not compiled by ``quantize_and_compile`` or ``compile_model``.
-    """
+def _compile(model: nn.Module, lowering: ModuleType, *, programs: bool) -> None:
+    model.compile(backend=recorded(model, fp4compile_backend, lowering), dynamic=True)
+    leave_generate(model)
+    elsewhere = {tensor.device.type for tensor in model.parameters()} - {"cpu"}
+    if not programs or elsewhere:
+        logger.info("calls are compiled by Dynamo: %s", elsewhere or "programs=False")
+        return
     dynamo = model._compiled_call_impl
-    if dynamo is None:
-        raise CompileError(
-            f"this {type(model).__name__} is not compiled; pass it to quantize_and_compile or "
-            "compile_model first"
-        )
-    if isinstance(dynamo, Dispatcher):
-        return model
-    lowering = load_lowerings()
-    model._compiled_call_impl = Dispatcher(
-        model,
-        lambda region, fake_mode: lowering.compile_region(region.graph, fake_mode),
-        dynamo,
-    )
-    if takes_static_cache(model) and "generate" not in vars(model):
-        generate: Any = model.generate
-        vars(model)["generate"] = GenerateWithStaticCache(model, generate)
-    return model
+    assert dynamo is not None
+    compile_region = partial(_compile_region, lowering)
+    model._compiled_call_impl = Dispatcher(model, compile_region, dynamo, lowering.Recording)
+    use_static_cache(model)
+
+
+def _compile_region(lowering: Any, region: Region, fake_mode: Any) -> CompiledRegion:
+    codes: list[str] = []
+    with lowering.saved_code(codes.append):
+        run = lowering.compile_region(region.graph, fake_mode)
+    calls = [call for code in codes for call in attributed(lowering, code, len(region.inputs))]
+    return CompiledRegion(run, tuple(calls))

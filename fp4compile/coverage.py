@@ -14,7 +14,9 @@ from torch import fx, nn
 
 from fp4compile.batches import Batch, only_example
 from fp4compile.errors import CompileError
+from fp4compile.generated import GeneratedGraph, KernelCall
 from fp4compile.kernels import REFERENCE
+from fp4compile.program.dispatch import Dispatcher
 from fp4compile.report import Report
 from fp4compile.tensor import FP4Tensor
 
@@ -22,31 +24,6 @@ logger = logging.getLogger(__name__)
 
 # Left in high precision because the caller said so; anything else fails strict=True.
 WISHED = ("in ignore", "not in targets", "the spec keeps")
-
-
-@dataclass(frozen=True)
-class KernelCall:
-    """One call of ``kernel`` (a target's name, "inductor" for what it made itself, "reference" for
-    an eager op) on the graph's ``inputs``; ``epilogue`` names the operations fused behind the GEMM.
-    """
-
-    kernel: str
-    problem: str
-    epilogue: tuple[str, ...]
-    inputs: frozenset[int]
-
-
-@dataclass(frozen=True)
-class GeneratedGraph:
-    """The calls in one graph's generated code, and the parameter that each input is a part of."""
-
-    calls: tuple[KernelCall, ...]
-    parameters: Mapping[int, int]  # input -> id of the parameter
-
-    def of(self, parameter: FP4Tensor) -> list[KernelCall]:
-        """The calls that read ``parameter``'s codes."""
-        inputs = {number for number, owner in self.parameters.items() if owner == id(parameter)}
-        return [call for call in self.calls if call.inputs & inputs]
 
 
 @dataclass(frozen=True)
@@ -99,7 +76,9 @@ class Coverage:
 
 @dataclass(eq=False)  # torch.compile takes equal backends for the same
 class Recorder:
-    """A backend that does what ``compile`` does and keeps what the generated code says."""
+    """A backend that does what ``compile`` does with Dynamo's graphs and keeps what the generated
+    code says; a model's programs keep theirs.
+    """
 
     compile: Callable[..., Any]
     lowering: Any
@@ -112,18 +91,25 @@ class Recorder:
         with self.lowering.saved_code(codes.append):
             compiled: Callable[..., Any] = self.compile(module, example_inputs, **options)
         owners = _owners(example_inputs)
+        weights = {i: frozenset({owner}) for i, owner in enumerate(owners) if owner}
         for code in codes:
-            inputs, calls = self.lowering.calls_in(code)
-            if calls and inputs != len(owners):
-                logger.warning(
-                    "a graph has %d inputs where %d were expected: its code cannot be attributed",
-                    inputs,
-                    len(owners),
-                )
-            else:
-                read = {number: owner for number, owner in enumerate(owners) if owner}
-                self.graphs.append(GeneratedGraph(calls, read))
+            calls = attributed(self.lowering, code, len(owners))
+            self.graphs.append(GeneratedGraph(calls, weights))
         return compiled
+
+
+def attributed(lowering: Any, code: str, expected: int) -> tuple[KernelCall, ...]:
+    """The kernel calls in generated ``code``, of a graph that has ``expected`` inputs."""
+    inputs, calls = lowering.calls_in(code)
+    if calls and inputs != expected:
+        logger.warning(
+            "a graph has %d inputs where %d were expected: its code cannot be attributed",
+            inputs,
+            expected,
+        )
+        return ()
+    found: tuple[KernelCall, ...] = calls
+    return found
 
 
 # Of every compiled model; not an attribute, since a copy of the model is not compiled.
@@ -165,19 +151,20 @@ def verify(model: nn.Module, *args: Any, strict: bool = False, **kwargs: Any) ->
     recorder = _RECORDERS.get(model)
     if recorder is None:
         raise CompileError("the model is not compiled; call fp4compile.compile_model(model) first")
-    if args or kwargs or not recorder.graphs:
+    if args or kwargs or not _generated(model, recorder):
         if not args and not kwargs:
             args, kwargs = traced_call(model)
         with torch.no_grad():
             model(*args, **kwargs)
+    graphs = _generated(model, recorder)
     coverage = Coverage(
         tuple(
-            _site(model, name, parameter, recorder.graphs)
+            _site(model, name, parameter, graphs)
             for name, parameter in model.named_parameters()
             if isinstance(parameter, FP4Tensor)
         ),
         _high_precision(model),
-        len(recorder.graphs),
+        len(graphs),
     )
     if strict and coverage.failures:
         raise CompileError(
@@ -185,6 +172,13 @@ def verify(model: nn.Module, *args: Any, strict: bool = False, **kwargs: Any) ->
             + "\n".join(coverage.failures)
         )
     return coverage
+
+
+def _generated(model: nn.Module, recorder: Recorder) -> list[GeneratedGraph]:
+    """The code of Dynamo's graphs and of the programs, one graph each."""
+    call = model._compiled_call_impl
+    programs = call.generated if isinstance(call, Dispatcher) else []
+    return [*recorder.graphs, *programs]
 
 
 def traced_call(model: nn.Module) -> Batch:

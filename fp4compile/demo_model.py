@@ -86,7 +86,8 @@ def _require(modules: Mapping[str, str]) -> None:
         )
 
 
-def _gguf_path() -> Path:
+def gguf_path() -> Path:
+    """Where the package keeps the model; raises as :func:`load_demo_model`."""
     spec = find_spec(PACKAGE)  # not imported: its own dependencies are not installed
     folders = (spec.submodule_search_locations or ()) if spec else ()
     for folder in folders:
@@ -101,7 +102,7 @@ def _gguf_path() -> Path:
 def _convert(folder: Path) -> None:
     """Writes ``folder`` whole or not at all, whoever else is doing the same."""
     _require(_TO_CONVERT)
-    gguf = _gguf_path()
+    gguf = gguf_path()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

@@ -59,6 +59,10 @@ class CompileError(Fp4CompileError):
     """The compiled model breaks the coverage contract, or Inductor cannot be used here."""
 
 
+class ShardingError(Fp4CompileError):
+    """A quantized weight cannot be divided among processes as the plan asks."""
+
+
 class InterchangeError(Fp4CompileError):
     """Another library's format cannot express what the model holds."""
 

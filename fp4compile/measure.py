@@ -16,7 +16,7 @@ from fp4compile.batches import Batch, as_batches
 from fp4compile.compile import load_lowerings
 from fp4compile.errors import EvaluationError
 from fp4compile.evaluate import Spread
-from fp4compile.numerics import power_of_two
+from fp4compile.plain_weights import use_plain_weights
 from fp4compile.tensor import FP4Tensor
 from fp4compile.timing import Benchmark, Measured, OpTime
 
@@ -83,28 +83,7 @@ def dequantized_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Activations are not rounded in it.
     """
-    made = copy.deepcopy(model)
-    dense: dict[tuple[int, bool], nn.Parameter] = {}
-    for name, weight in list(made.named_parameters(remove_duplicate=False)):
-        if isinstance(weight, FP4Tensor):
-            owner_name, _, attribute = name.rpartition(".")
-            owner = made.get_submodule(owner_name)
-            # What is looked up is no factor of a shifted activation, so a tied head may part here.
-            shifted = weight.shift_folded and not isinstance(owner, nn.Embedding)
-            if (id(weight), shifted) not in dense:
-                values = nn.Parameter(_dense(weight, shifted), requires_grad=False)
-                dense[id(weight), shifted] = values
-            setattr(owner, attribute, dense[id(weight), shifted])
-    return made.to(dtype)
-
-
-def _dense(weight: FP4Tensor, shifted: bool) -> Tensor:
-    values = weight.dequantize()
-    if not shifted or weight.channel_shift is None:
-        return values
-    # The producer yields x * 2^-shift, which the operand's shift took back.
-    factor = power_of_two(weight.channel_shift)
-    return values * (factor[:, None] if weight.transposed else factor)
+    return use_plain_weights(copy.deepcopy(model)).to(dtype)
 
 
 def _check(model: nn.Module, repetitions: int) -> None:

@@ -68,9 +68,11 @@ def round_operand(
     granularity: str,
     block_size: int = 0,
     block_clip: float = 1.0,
+    token_maximum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(steps, operand scale) of transformed ``values`` ``[..., K]``; see
-    ``fp4::quantize_activation``.
+    ``fp4::quantize_activation``. ``token_maximum`` ``[..., 1]``: the absolute maxima, where
+    ``values`` has not all channels of its tokens.
     """
     formats = alternatives(format)
     if granularity == "block":
@@ -78,7 +80,9 @@ def round_operand(
         quantized = quantize_blocks(values, scale, formats, block_size, clips)
         return quantized.steps, block_scales(quantized.scale_codes, scale)
     if granularity == "token":
-        scale = scale_for_max(values.abs().amax(dim=-1, keepdim=True) * scale, formats[0])
+        if token_maximum is None:
+            token_maximum = values.abs().amax(dim=-1, keepdim=True)
+        scale = scale_for_max(token_maximum * scale, formats[0])
     else:
         scale = scale.clone()
     return round_steps(values * scale.reciprocal(), formats[0]), scale

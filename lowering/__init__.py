@@ -20,10 +20,12 @@ compile_graph = partial(inductor.compile_graph, settings=config.__repr__)
 from fp4compile.lowering import ops  # noqa: E402, F401
 from fp4compile.lowering.inductor_gpu import architecture  # noqa: E402
 from fp4compile.lowering.ops.linear import kernel_for  # noqa: E402
+from fp4compile.lowering.replay import Recording  # noqa: E402
 from fp4compile.lowering.serves import services  # noqa: E402
 from fp4compile.lowering.targets.triton_scaled import multiplies_fp4  # noqa: E402
 
 __all__ = [
+    "Recording",
     "architecture",
     "calls_in",
     "compile_graph",

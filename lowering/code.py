@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from fp4compile.coverage import KernelCall
+from fp4compile.generated import KernelCall
 from fp4compile.kernels import REFERENCE
 
 # name = async_compile.cpp_pybinding([...], r'''text''')

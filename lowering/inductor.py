@@ -24,6 +24,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor import lowering as inductor_lowering  # must precede codegen.cpp_template
+from torch._inductor.codecache import CppCodeCache
 from torch._inductor.codegen.cpp_gemm_template import (
     gen_2d_view_of_epilogue_buf,
     get_export_declaration,
@@ -47,7 +48,7 @@ from fp4compile.lowering.problem import ActivationProblem, GemmProblem, bfloat16
 
 TESTED_TORCH = ((2, 12), (2, 15))  # first supported, first not yet tried
 PACKAGE_ROOTS = (Path(fp4compile.__file__).parent, Path(__file__).parent)
-SOURCE_SUFFIXES = (".py", ".jinja")
+SOURCE_SUFFIXES = (".py", ".jinja", ".cpp")
 
 
 def check_torch_version(version: str = torch.__version__) -> None:
@@ -392,6 +393,19 @@ def _adds_nothing(metadata: Any, inputs: int) -> bool:
         and not metadata.tokens
         and all(info.output_type is OutputType.non_alias for info in metadata.output_info)
     )
+
+
+def namespace(run: Callable[..., Any]) -> dict[str, Any] | None:
+    """The globals of the generated module that ``run``, from :func:`compile_region`, is of; None
+    where AOTAutograd's wrapper is around it.
+    """
+    function = getattr(run, "__func__", None)
+    return None if function is None else function.__globals__
+
+
+def load_native(source: str) -> Any:
+    """The library, as of ctypes, that C++ ``source`` compiles to; compiled once."""
+    return CppCodeCache.load(source)
 
 
 def register(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

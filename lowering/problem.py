@@ -8,8 +8,10 @@ import torch
 
 from fp4compile.blocks import block_count
 from fp4compile.formats import FloatFormat, alternatives
+from fp4compile.packing import codes_per_group, packed_size
 
 INT8, FLOAT = "int8", "float"
+_BFLOAT16_PARTS = {torch.int8: 1, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,30 @@ class GemmProblem:
         return block_count(self.K, self.block_size) if self.block_size else 0
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a packed row of the weight."""
+        return packed_size(self.K, self.format.bits)
+
+    @property
+    def group_codes(self) -> int:
+        """Codes of the weight that fill a whole number of bytes."""
+        return codes_per_group(self.format.bits)
+
+    @property
     def route(self) -> str:
         """ "int8" sums int8 products exactly in int32; "float" sums in float32."""
-        return INT8 if self.operand_dtype == torch.int8 else FLOAT
+        fits = all(fmt.fits_int8 for fmt in self.formats)
+        return INT8 if self.operand_dtype == torch.int8 and fits else FLOAT
+
+    @property
+    def largest_sum(self) -> int:
+        """Bound on a sum of int8 operands times weights, made unsigned by adding their maximum."""
+        return 128 * (self.block_size or self.K) * 2 * max(f.max_integer for f in self.formats)
 
     @property
     def bfloat16_parts(self) -> int:
         """How many bfloat16, of 8 significant bits each, hold an operand exactly."""
-        return {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[self.operand_dtype]
+        return _BFLOAT16_PARTS[self.operand_dtype]
 
     def __str__(self) -> str:
         dtype = str(self.operand_dtype).removeprefix("torch.")

@@ -48,6 +48,24 @@ def tiny_llama(*, layers: int = 2, seed: int = 0, vocabulary: int = VOCABULARY) 
     return model
 
 
+def tiny_mixtral() -> nn.Module:
+    """Experts that transformers stacks on loading and takes apart on saving."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        vocab_size=96,
+        pad_token_id=0,
+    )
+    return MixtralForCausalLM(config).eval()
+
+
 def byte_tokenizer() -> Any:
     """A token per byte, 257 with the end; its chat template is the first message."""
     import tokenizers

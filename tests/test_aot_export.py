@@ -12,6 +12,7 @@ from models import NormThenLinears, tiny_llama, tokens
 
 import fp4compile
 from fp4compile.errors import CompileError
+from fp4compile.lowering.config import config
 
 RUN = """
 import sys, torch
@@ -41,6 +42,36 @@ def test_the_file_runs_without_fp4compile(llama, package, tmp_path):
         torch.testing.assert_close(got, llama(ids, use_cache=False).logits, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow  # torch's headers
+def test_the_file_runs_from_cpp(llama, package, tmp_path):
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    source = Path(__file__).parents[1] / "examples" / "run_package.cpp"
+    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++20",
+            "-O0",
+            source,
+            *(f"-I{path}" for path in include_paths()),
+            *libraries,
+            *("-ltorch", "-ltorch_cpu", "-lc10", "-o", tmp_path / "run_package"),
+        ],
+        check=True,
+    )
+    ids = tokens(1, 9)
+    words = [str(token) for token in ids[0].tolist()]
+    ran = subprocess.run(
+        [tmp_path / "run_package", package, *words], check=True, capture_output=True, text=True
+    )
+    token, largest = ran.stdout.split()
+    # The same file, run from Python, on the same CPU.
+    expected = fp4compile.load_exported(package)(ids.repeat(2, 1))["logits"][0, -1]
+    assert int(token) == int(expected.argmax())
+    assert float(largest) == pytest.approx(float(expected.max()), rel=1e-5)
+
+
 def test_the_cpu_is_checked_at_load(package, monkeypatch):
     ids = tokens(3, 4)
     assert fp4compile.load_exported(package)(ids)["logits"].shape[:2] == (3, 4)
@@ -55,14 +86,16 @@ def test_other_files_are_refused(tmp_path):
         fp4compile.load_exported(tmp_path / "other.pt2")
 
 
-def test_models_that_cannot_run_alone_are_refused(tmp_path):
+def test_models_that_cannot_run_alone_are_refused(tmp_path, monkeypatch):
     x = torch.randn(5, 32)
     path = tmp_path / "model.pt2"
     with pytest.raises(CompileError, match="no FP4 weights"):
         fp4compile.export(NormThenLinears(), path, (x,))
-    model = fp4compile.quantize(NormThenLinears(), [x], "w6a6", method="minmax", progress=False)
-    with pytest.raises(CompileError, match=r"up\.weight: .*6 bits"):
-        fp4compile.export(model, path, (x,))
+    model = fp4compile.quantize(NormThenLinears(), [x], method="minmax", progress=False)
+    with monkeypatch.context() as forced:
+        forced.setattr(config, "cpu_target", "reference")
+        with pytest.raises(CompileError, match=r"up\.weight: .*forced"):
+            fp4compile.export(model, path, (x,))
     with pytest.raises(CompileError, match=r"end in \.pt2"):
         fp4compile.export(model, tmp_path / "model.so")
     assert not path.exists()

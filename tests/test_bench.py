@@ -28,7 +28,8 @@ def test_every_way_to_compute_the_layer_is_measured(monkeypatch):
     monkeypatch.setattr(gemm, "WORKING_SET_BYTES", 1 << 12)
     monkeypatch.setattr(gemm, "BANDWIDTH_FLOATS", 1 << 12)
     results = list(gemm.run([(32, 64)], [1, 3], threads=1, repetitions=2))
-    names = ["fp4 w4a4", "fp4 w4a4 block 32", "fp4 w4a16", "bf16", "fp32"]
+    wide = ["w6a6 e2m3", "w8a8 e1m6", "w8a8 e4m3"]
+    names = ["fp4 w4a4", "fp4 w4a4 block 32", "fp4 w4a16", *wide, "bf16", "fp32"]
     assert [(r.M, r.name) for r in results] == [(m, name) for m in (1, 3) for name in names]
     assert all(result.gops > 0 for result in results)
 
@@ -65,6 +66,10 @@ def test_a_whole_model_is_measured_and_an_absent_peer_is_skipped(monkeypatch):
     assert result.compile_warm is None
     assert 0 < result.token_ms_p50 <= result.token_ms_p95
     assert all(low <= middle <= high for middle, low, high in (result.prefill, result.decode))
+
+
+def test_a_peer_with_weights_of_its_own_runs_no_other_model():
+    assert peers.reason_absent("llama.cpp q4_1", "llama-1.1b") == "has weights of smollm2-135m only"
 
 
 def test_every_configuration_is_one_that_quantize_takes():

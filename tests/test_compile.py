@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 import fp4compile
 from fp4compile.compile import compile_model
+from fp4compile.lowering.config import config
 
 DATA = [tokens(seed=1), tokens(seed=2)]
 
@@ -24,6 +25,7 @@ def eager() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def compiled(eager) -> nn.Module:
+    """As programs; what Dynamo makes of models is tested in test_torch_compile.py."""
     torch.compiler.reset()
     counters.clear()
     model = compile_model(copy.deepcopy(eager))
@@ -35,32 +37,49 @@ def compiled(eager) -> nn.Module:
     return model
 
 
-def graphs() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
 def test_forward_equals_eager_without_compiling_again(eager, compiled):
-    before = graphs()
+    before = programs(compiled)
     for batch, length in ((2, 9), (4, 24), (3, 17), (7, 2)):
         with torch.no_grad():
             got, expected = compiled(tokens(batch, length)), eager(tokens(batch, length))
         torch.testing.assert_close(got.logits, expected.logits, rtol=2e-2, atol=2e-2)
         agree = (got.logits.argmax(-1) == expected.logits.argmax(-1)).float().mean()
         assert agree > 0.99
-    assert graphs() == before
+    assert programs(compiled) == before
+
+
+def programs(compiled: nn.Module) -> int:
+    return compiled._compiled_call_impl.programs
 
 
 def test_generate_equals_eager_without_compiling_again(eager, compiled):
-    before = graphs()
+    before = programs(compiled)
     # Other batch sizes, other prompt lengths, more decode steps, a second prompt.
     for batch, length, steps in ((2, 5, 12), (4, 11, 6), (3, 7, 9)):
         prompt = tokens(batch, length, seed=batch)
         options = {"max_new_tokens": steps, "do_sample": False}
         assert torch.equal(compiled.generate(prompt, **options), eager.generate(prompt, **options))
-    assert graphs() == before
+    assert programs(compiled) == before
 
 
-def test_no_graph_breaks(compiled):
+def test_decode_steps_are_repeated_natively(eager, compiled):
+    prompt = tokens(2, 6)
+    compiled.generate(prompt, max_new_tokens=5, do_sample=False)
+    known = compiled._compiled_call_impl.by_kind.values()
+    assert any(program.repeats for programs in known for program in programs)
+
+
+def test_nothing_is_left_to_dynamo(compiled):
+    assert not counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+def test_without_programs_dynamo_takes_all_calls(eager):
+    counters.clear()
+    model, prompt = compile_model(copy.deepcopy(eager), programs=False), tokens(2, 5)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(prompt, **options), eager.generate(prompt, **options))
+    assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
 
 
@@ -70,12 +89,12 @@ def test_the_report_names_every_kernel(compiled):
     assert all(choice.problem for choice in kernels.values())
 
 
-def test_a_kernel_that_falls_back_says_so(caplog):
+def test_a_kernel_that_falls_back_says_so(caplog, monkeypatch):
+    monkeypatch.setattr(config, "cpu_target", "reference")
     with caplog.at_level(logging.INFO, logger="fp4compile"):
         model = fp4compile.quantize(
             tiny_llama(),
             DATA,
-            "w6a6",
             method="minmax",
             targets=["*.0.mlp.down_proj"],
             progress=False,
@@ -83,7 +102,7 @@ def test_a_kernel_that_falls_back_says_so(caplog):
         compile_model(model)
     (choice,) = model.fp4_report.kernels.values()
     assert choice.is_reference
-    assert "6 bits" in choice.reason
+    assert "forced" in choice.reason
     assert choice.reason in caplog.text
 
 
@@ -104,6 +123,15 @@ def test_torch_compile_takes_quantized_models(backend):
     expected = model(x)
     got = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)(x)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("preset", ["w6a6", "w8a8"])
+def test_wider_weights_compile_to_kernels(preset):
+    x = torch.randn(5, 16)
+    model = fp4compile.quantize(Linears(), [x], preset, progress=False)
+    expected = model(x)
+    torch.testing.assert_close(compile_model(model)(x), expected, rtol=1e-5, atol=1e-5)
+    assert not any(choice.is_reference for choice in model.fp4_report.kernels.values())
 
 
 def test_blocks_and_rotation_compile_to_kernels():

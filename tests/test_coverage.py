@@ -13,6 +13,7 @@ from torch import nn
 import fp4compile
 from fp4compile.compile import compile_model
 from fp4compile.errors import CompileError
+from fp4compile.lowering.config import config
 
 DATA = [tokens(seed=1)]
 X = torch.randn(5, 32)
@@ -20,7 +21,7 @@ X = torch.randn(5, 32)
 
 @pytest.fixture(scope="module")
 def llama() -> nn.Module:
-    model = fp4compile.quantize(tiny_llama(layers=1), DATA, progress=False)
+    model = fp4compile.quantize(tiny_llama(), DATA, method="minmax", progress=False)
     return compile_model(model)
 
 
@@ -34,10 +35,19 @@ def test_every_site_has_a_kernel(llama):
         assert set(site.kernels) - {"inductor"} <= targets
         assert ("inductor" in site.kernels) == looked_up
         assert site.activation_format
-    # silu(gate) * up is computed on the tile that a GEMM has just made.
+    # The residual is added to the tile that a GEMM has just made.
     epilogues = {site.name.split(".")[-2]: site.epilogues for site in coverage.sites}
-    assert any({"mul", "silu"} <= set(names) for names in epilogues["up_proj"])
+    assert any("add" in names for names in epilogues["down_proj"])
     assert "0 against the contract" in coverage.summary()
+
+
+def test_weights_that_were_merged_are_served_by_one_call(llama):
+    (program,) = llama._compiled_call_impl.generated
+    attention = llama.model.layers[0].self_attn
+    calls = [program.of(getattr(attention, f"{name}_proj").weight) for name in "qkv"]
+    assert calls[0] == calls[1] == calls[2]
+    assert len(calls[0]) == 1
+    assert calls[0] != program.of(attention.o_proj.weight)
 
 
 def test_a_copy_is_not_compiled(llama):
@@ -53,8 +63,10 @@ def test_code_from_a_cache_says_the_same(llama):
     assert again.sites == before.sites
 
 
-def test_quantize_and_compile_logs_the_summary(caplog):
+@pytest.mark.parametrize("programs", [True, False], ids=["program", "dynamo"])
+def test_quantize_and_compile_logs_the_summary(caplog, programs):
     options = {"method": "minmax", "ignore": ["down.weight"], "progress": False}
+    options["programs"] = programs
     with caplog.at_level(logging.INFO, logger="fp4compile"):
         model = fp4compile.quantize_and_compile(NormThenLinears(), [X], "w4a16", **options)
     coverage = fp4compile.verify(model, strict=True)
@@ -63,12 +75,13 @@ def test_quantize_and_compile_logs_the_summary(caplog):
     assert coverage.high_precision == {"down.weight": "in ignore"}
 
 
-def test_the_reference_is_against_the_contract():
-    model = fp4compile.quantize(NormThenLinears(), [X], "w6a6", method="minmax", progress=False)
+def test_the_reference_is_against_the_contract(monkeypatch):
+    monkeypatch.setattr(config, "cpu_target", "reference")
+    model = fp4compile.quantize(NormThenLinears(), [X], method="minmax", progress=False)
     compile_model(model)
     coverage = fp4compile.verify(model, X)
     assert [site.kernels for site in coverage.sites] == [("reference",)] * 3
-    with pytest.raises(CompileError, match="6 bits") as caught:
+    with pytest.raises(CompileError, match="forced") as caught:
         fp4compile.verify(model, strict=True)
     assert "down.weight" in str(caught.value)
 

@@ -75,7 +75,7 @@ def test_a_missing_package_is_named_with_its_command(
 @pytest.fixture
 def no_packages_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_model, "_require", lambda modules: None)
-    monkeypatch.setattr(demo_model, "_gguf_path", lambda: Path("model.gguf"))
+    monkeypatch.setattr(demo_model, "gguf_path", lambda: Path("model.gguf"))
 
 
 @pytest.mark.usefixtures("no_packages_needed")

@@ -6,6 +6,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from wrapt import when_imported
@@ -13,7 +14,7 @@ from wrapt import when_imported
 from fp4compile.attention_products import AttentionDecision, AttentionProducts
 from fp4compile.batches import Batch
 from fp4compile.compile import load_lowerings
-from fp4compile.errors import CompileError, SpecError
+from fp4compile.errors import CompileError, MissingDependencyError, SpecError
 from fp4compile.qparams import QuantSpec, TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,31 @@ def install_hooks() -> None:
     when_imported("transformers.modeling_utils")(
         lambda _: importlib.import_module("fp4compile.integrations.hf_quantizer")
     )
+
+
+# Name in fp4compile -> the module that has it, and the extra whose library it imports.
+LAZY = {
+    "FP4Config": ("fp4compile.integrations.torchao_config", "torchao"),
+    "FP4Quantizer": ("fp4compile.integrations.pt2e", "torchao"),
+    "QuantizedCache": ("fp4compile.integrations.cache", "hf"),
+}
+
+
+def lazy_attribute(name: str) -> Any:
+    """What ``fp4compile.<name>`` is, where another library must be imported to have it.
+
+    Raises:
+        MissingDependencyError: that library is not installed.
+    """
+    if name not in LAZY:
+        raise AttributeError(f"module 'fp4compile' has no attribute {name!r}")
+    module, extra = LAZY[name]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"fp4compile.{name} needs {extra}: pip install 'fp4compile[{extra}]' ({error})"
+        ) from error
 
 
 def attach(model: nn.Module) -> None:

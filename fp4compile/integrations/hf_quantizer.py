@@ -5,6 +5,7 @@ Loaded by ``integrations/__init__.py`` when transformers is; see docs/transforme
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fp4compile.attention_products import AttentionProducts
-from fp4compile.errors import CheckpointError
+from fp4compile.errors import CheckpointError, ShardingError
 from fp4compile.formats import alternatives
 
 # The module: whichever of the two is imported first, transformers imports the other from within.
@@ -26,11 +27,13 @@ from fp4compile.integrations.serialize import (
     attribute_groups,
     attributes_by_name,
     bits_per_parameter,
+    check_shape,
     flattened,
     fp4_parameters,
     restored,
     tied_aliases,
 )
+from fp4compile.plain_weights import use_plain_weights
 from fp4compile.report import Report
 from fp4compile.tensor import FP4Tensor
 
@@ -114,6 +117,11 @@ class FP4CompileQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if (model._tp_size or 1) > 1:
+            raise ShardingError(
+                "every process holds a part of the model, and parts are not saved; load it in one "
+                "process without tp_size, or copy the checkpoint that it was loaded from"
+            )
         # What is in the model now: it may have been cast or partly replaced since.
         config = FP4CompileConfig.of(model)
         model.config.quantization_config = self.quantization_config = config
@@ -152,6 +160,23 @@ class FP4CompileQuantizer(HfQuantizer):
         sources = [rf"\.{part}$" for part in FP4Tensor.TENSORS]
         return [WeightConverter(sources, "", [_Restore(self)])]
 
+    # fp4compile.integrations.hf_tensor_parallel, once several processes share a model: it needs
+    # torch's DTensors, which take a second to import.
+    parallel: Any = None
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if getattr(model.config, "distributed_config", None) is None:
+            return
+        self.parallel = importlib.import_module("fp4compile.integrations.hf_tensor_parallel")
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            attributes = self.attributes_of(model, name)
+            if attributes is not None:
+                self.parallel.expect(parameter, attributes)
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        if self.parallel is not None:
+            self.parallel.use_fp4_styles(model, plan)
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         model.requires_grad_(False)
         attention.attach_products(
@@ -165,7 +190,9 @@ class FP4CompileQuantizer(HfQuantizer):
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
-            if not any(isinstance(op, _Restore) for op in getattr(conversion, "operations", ()))
+            if not any(
+                isinstance(op, PartsToWeight) for op in getattr(conversion, "operations", ())
+            )
         ]
 
     def _module_of(self, model: PreTrainedModel, name: str) -> str:
@@ -175,22 +202,45 @@ class FP4CompileQuantizer(HfQuantizer):
         return next(n for n in (name, prefix + name, name.removeprefix(prefix)) if n in known)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        made: dict[int, nn.Parameter] = {}
-        for name, weight in fp4_parameters(model).items():
-            owner, _, attribute = name.rpartition(".")
-            if id(weight) not in made:
-                value = weight.dequantize().to(dtype or weight.dtype)
-                made[id(weight)] = nn.Parameter(value, requires_grad=False)
-            setattr(model.get_submodule(owner), attribute, made[id(weight)])
+        types = {name: weight.dtype for name, weight in fp4_parameters(model).items()}
+        use_plain_weights(model)
+        for name, logical in types.items():
+            weight = model.get_parameter(name)
+            weight.data = weight.data.to(dtype or logical)
+        _untie_what_parted(model)
         return model
 
 
-class _Restore(ConversionOps):
-    """Parts of one weight to the weight."""
+def _untie_what_parted(model: PreTrainedModel) -> None:
+    """Tied weights that are two now are saved as two."""
+    tied = model.all_tied_weights_keys
+    parted = {
+        name
+        for name, other in tied.items()
+        if model.get_parameter(name) is not model.get_parameter(other)
+    }
+    if parted:
+        model.all_tied_weights_keys = {
+            name: other for name, other in tied.items() if name not in parted
+        }
+        model.config.tie_word_embeddings = False
+
+
+class PartsToWeight(ConversionOps):
+    """Several tensors of a checkpoint to one FP4 weight."""
 
     def __init__(self, hf_quantizer: FP4CompileQuantizer) -> None:
         # Under this name transformers looks for it: it then leaves the dtype of the parts alone.
         self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: Any) -> PartsToWeight:
+        # transformers copies the operation for every tensor that it reads, and with it would copy
+        # the attributes of all weights: 25 MB for the 272 tensors of SmolLM2-135M.
+        return self
+
+
+class _Restore(PartsToWeight):
+    """Parts of one weight to the weight."""
 
     def convert(
         self,
@@ -211,7 +261,10 @@ class _Restore(ConversionOps):
         names = dict(zip(source_patterns, FP4Tensor.TENSORS, strict=True))
         parts = {names[pattern]: tensors[0] for pattern, tensors in input_dict.items()}
         replaced = model.get_parameter(full_layer_name)
-        weight = restored(full_layer_name, parts, attributes, replaced.shape, replaced.dtype)
+        weight = restored(full_layer_name, parts, attributes, replaced.dtype)
+        if self.hf_quantizer.parallel is not None:
+            weight = self.hf_quantizer.parallel.part_of(full_layer_name, weight, replaced)
+        check_shape(full_layer_name, weight, replaced.shape)
         return {full_layer_name: nn.Parameter(weight, requires_grad=False)}
 
 

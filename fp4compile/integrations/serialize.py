@@ -80,16 +80,12 @@ def restored(
     name: str,
     parts: Mapping[str, Tensor],
     attributes: Mapping[str, Any],
-    shape: Sequence[int],
     dtype: torch.dtype,
 ) -> FP4Tensor:
-    """The weight ``name`` from its parts.
-
-    Args:
-        shape, dtype: those of the parameter that the weight replaces.
+    """The weight ``name`` from its parts; ``dtype`` is that of the parameter it replaces.
 
     Raises:
-        CheckpointError: parts are missing, or do not have the shape that the model needs.
+        CheckpointError: parts are missing, or the codes are not as many as the format needs.
     """
     needed = {"packed_weight", "weight_scale"} | (
         {"activation_scale"} if attributes["activation_format"] else set()
@@ -99,13 +95,21 @@ def restored(
         raise CheckpointError(f"the checkpoint has no {', '.join(missing)} of the weight {name}")
     tensors: dict[str, Any] = dict(parts)
     weight = FP4Tensor(**tensors, **attributes, dtype=dtype)
+    _checked_bytes(name, weight)
+    return weight
+
+
+def check_shape(name: str, weight: FP4Tensor, shape: Sequence[int]) -> None:
+    """Whether ``weight`` has the ``shape`` of the parameter that it replaces.
+
+    Raises:
+        CheckpointError: it has not.
+    """
     if weight.shape != torch.Size(shape):
         raise CheckpointError(
             f"{name} has the shape {tuple(weight.shape)} in the checkpoint, {tuple(shape)} in the "
             "model; the checkpoint belongs to another model"
         )
-    _checked_bytes(name, weight)
-    return weight
 
 
 def bits_per_parameter(model: nn.Module) -> float:

@@ -20,6 +20,27 @@ def operand_dtype(format: str) -> torch.dtype:
     return torch.int8 if fits else torch.bfloat16
 
 
+def as_operand(
+    values: Tensor,
+    scale: Tensor,
+    exponent_shift: Tensor | None,
+    format: str,
+    granularity: str,
+    shift_in_weight: bool,
+    block_size: int = 0,
+    block_clip: float = 1.0,
+    token_maximum: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(operand, operand scale) of transformed ``values``: the op without its transform."""
+    steps, operand_scale = round_operand(
+        values, scale, format, granularity, block_size, block_clip, token_maximum
+    )
+    if exponent_shift is not None and not shift_in_weight:
+        steps = steps * power_of_two(exponent_shift)
+    # As the fake kernel says, whatever the strides of x.
+    return steps.to(operand_dtype(format)).contiguous(), operand_scale
+
+
 @torch.library.custom_op("fp4::quantize_activation", mutates_args=())
 def quantize_activation(
     x: Tensor,
@@ -66,11 +87,16 @@ def quantize_activation(
     if channel_order is not None:
         x = ordered(x, channel_order)
     values = transformed(x, exponent_shift, rotation, shift_folded)
-    steps, operand_scale = round_operand(values, scale, format, granularity, block_size, block_clip)
-    if exponent_shift is not None and not shift_in_weight:
-        steps = steps * power_of_two(exponent_shift)
-    # As the fake kernel says, whatever the strides of x.
-    return steps.to(operand_dtype(format)).contiguous(), operand_scale
+    return as_operand(
+        values,
+        scale,
+        exponent_shift,
+        format,
+        granularity,
+        shift_in_weight,
+        block_size,
+        block_clip,
+    )
 
 
 @quantize_activation.register_fake

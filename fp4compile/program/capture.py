@@ -19,7 +19,10 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fp4compile.program.values import Flattened, Results, fixed_dims, states, substitute
+from fp4compile.program.owners import attributes_kept
+from fp4compile.program.results import Results, states
+from fp4compile.program.values import Flattened, NotFlat, fixed_dims, substitute
+from fp4compile.tensor import FP4Tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,14 @@ class Parameters:
             parts[name] = known[id(value)]
         return cls(tuple(tensors), parts)
 
+    def codes(self) -> dict[int, int]:
+        """Which of ``tensors`` are codes, and the ids of their FP4 weights."""
+        return {
+            indices[outer.__tensor_flatten__()[0].index("packed_weight")]: id(outer)
+            for outer, indices in self.parts.values()
+            if isinstance(outer, FP4Tensor)
+        }
+
     def restore(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Parameters and buffers by name, made of ``tensors`` in place of their own."""
         made: dict[tuple[int, ...], Tensor] = {}
@@ -82,42 +93,16 @@ BLOCK = "fp4compile_block"
 class Capture:
     """``graph`` returns ``results.values``; its placeholders are the ``constants``, with their
     tensors, and the tensors of the call, ``inputs``. ``node.meta[BLOCK]`` is the number of the
-    repeated block that a node belongs to, or None.
+    repeated block that a node belongs to, or None. ``codes``: of the constants that are codes, the
+    ids of the FP4 weights whose they are.
     """
 
     graph: fx.Graph
     constants: dict[fx.Node, Tensor]
+    codes: dict[fx.Node, frozenset[int]]
     inputs: tuple[fx.Node, ...]
     results: Results
     fake_mode: FakeTensorMode
-
-
-class Owners:
-    """Notices when a module's parameters or buffers were replaced or converted."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._held: list[tuple[dict[str, Any], str, Tensor]] = []
-        self._dtypes: list[tuple[Tensor, torch.dtype]] = []
-        for part in module.modules():
-            for held in (part._parameters, part._buffers):
-                for name, value in held.items():
-                    if value is not None:
-                        self._add(held, name, value)
-
-    def _add(self, held: dict[str, Any], name: str, value: Tensor) -> None:
-        self._held.append((held, name, value))
-        if is_traceable_wrapper_subclass(value):
-            # Conversions swap what is inside.
-            for inner in value.__tensor_flatten__()[0]:
-                self._held.append((value.__dict__, inner, getattr(value, inner)))
-        else:
-            self._dtypes.append((value, value.dtype))
-
-    def unchanged(self) -> bool:
-        for held, name, value in self._held:
-            if held.get(name) is not value:
-                return False
-        return all(value.dtype is dtype for value, dtype in self._dtypes)
 
 
 def capture(
@@ -127,6 +112,9 @@ def capture(
 
     Sizes of the call's tensors are symbolic but for 0 and 1; parameters are inputs of fixed size.
     Tensors in ``args`` and ``kwargs`` are not touched.
+
+    Raises:
+        NotFlat: the forward changes its modules, or takes or returns what programs cannot.
     """
     parameters = Parameters.of(module)
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -143,10 +131,13 @@ def capture(
         caches: list[Any] = []
         call_args, call_kwargs = substitute((args, kwargs), lambda _: next(rest), caches)
         before = states(caches)
-        with _watch_blocks(module, marks), _uncompiled(module):
-            result = torch.func.functional_call(
-                module, parameters.restore(own), call_args, call_kwargs
-            )
+        with attributes_kept(module), _watch_blocks(module, marks), _uncompiled(module):
+            state = parameters.restore(own)
+            given = dict(state)
+            result = torch.func.functional_call(module, state, call_args, call_kwargs)
+        replaced = [name for name, value in given.items() if state[name] is not value]
+        if replaced:
+            raise NotFlat(f"a forward that replaces {', '.join(replaced)}")
         results.append(Results(result, caches, before))
         return results[-1].values
 
@@ -159,8 +150,9 @@ def capture(
     placeholders = traced.graph.find_nodes(op="placeholder")
     constants = dict(zip(placeholders, parameters.tensors, strict=False))
     inputs = tuple(placeholders[len(constants) :])
+    codes = {placeholders[i]: frozenset({owner}) for i, owner in parameters.codes().items()}
     constants |= _lift_attributes(traced, fake_mode)
-    return Capture(traced.graph, constants, inputs, results[-1], fake_mode)
+    return Capture(traced.graph, constants, codes, inputs, results[-1], fake_mode)
 
 
 def _lift_attributes(module: fx.GraphModule, mode: FakeTensorMode) -> dict[fx.Node, Tensor]:

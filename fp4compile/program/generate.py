@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+
+from fp4compile.program.dispatch import Dispatcher
 
 # Arguments of ``generate`` that decide the cache themselves or need one that can be cut back.
 _OTHERWISE = (
@@ -15,29 +19,64 @@ _OTHERWISE = (
     "assistant_early_exit",
     "prompt_lookup_num_tokens",
     "custom_generate",
+    "is_assistant",
+    "speculation_type",
+    "use_mtp",
 )
 
 
 class GenerateWithStaticCache:
-    """Stands in for ``model.generate``: asks for a static cache where nothing else is asked for."""
+    """Stands in for ``model.generate``: asks for a static cache where nothing else is asked for.
 
-    def __init__(self, model: Any, generate: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, generate)
-        self._model, self._generate = model, generate
+    Its steps are calls of one model that nobody changes in between.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._generate: Callable[..., Any] = type(model).generate.__get__(model)
+        functools.update_wrapper(self, self._generate)
+
+    def __reduce__(self) -> Any:
+        # What it wraps is found again; transformers' decorators cannot be pickled.
+        return GenerateWithStaticCache, (self._model,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._may_choose(kwargs):
-            kwargs["cache_implementation"] = "static"
-        return self._generate(*args, **kwargs)
+        if len(args) < 2 and self._may_choose(kwargs):  # the second one is a generation config
+            _ask_for_static_cache(kwargs)
+        call = self._model._compiled_call_impl
+        with call.steady() if isinstance(call, Dispatcher) else nullcontext():
+            return self._generate(*args, **kwargs)
 
     def _may_choose(self, kwargs: dict[str, Any]) -> bool:
         config = kwargs.get("generation_config") or self._model.generation_config
         use_cache = kwargs.get("use_cache", config.use_cache)
         asked = [kwargs.get(name, getattr(config, name, None)) for name in _OTHERWISE]
-        return use_cache is not False and all(value is None for value in asked)
+        return use_cache is not False and all(value is None or value is False for value in asked)
 
 
-def takes_static_cache(model: Any) -> bool:
+def _ask_for_static_cache(kwargs: dict[str, Any]) -> None:
+    config = kwargs.get("generation_config")
+    if config is None:
+        kwargs["cache_implementation"] = "static"
+        return
+    # Transformers does not like both; and the caller's own stays as it is.
+    kwargs["generation_config"] = config = copy.copy(config)
+    config.cache_implementation = "static"
+
+
+def use_static_cache(model: Any) -> None:
+    """Let ``model.generate`` ask for a static cache, if ``model`` can have one."""
+    if _takes_static_cache(model) and "generate" not in vars(model):
+        vars(model)["generate"] = GenerateWithStaticCache(model)
+
+
+def leave_generate(model: Any) -> None:
+    """Undo :func:`use_static_cache`."""
+    if isinstance(vars(model).get("generate"), GenerateWithStaticCache):
+        del vars(model)["generate"]
+
+
+def _takes_static_cache(model: Any) -> bool:
     """Whether ``model`` generates, and every layer of its cache can be of fixed length."""
     if not hasattr(model, "generate") or not getattr(model, "_can_compile_fullgraph", False):
         return False

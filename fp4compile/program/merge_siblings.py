@@ -119,6 +119,9 @@ def _constant(capture: Capture, nodes: Sequence[fx.Node]) -> fx.Node:
         node = capture.graph.placeholder(f"merged_{nodes[0].name}")
     node.meta = {"val": capture.fake_mode.from_tensor(merged, static_shapes=True), BLOCK: None}
     capture.constants[node] = merged
+    owners = [capture.codes[part] for part in nodes if part in capture.codes]
+    if owners:
+        capture.codes[node] = frozenset().union(*owners)
     return node
 
 

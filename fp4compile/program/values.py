@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
+from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # What may stand between tensors; equal ones make equal programs.
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -21,15 +23,8 @@ class NotFlat(Exception):
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Stands for the tensor at ``index`` of the flat values."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class InputCache:
-    """Stands for the ``index``-th cache that the caller passed in."""
+class InputTensor:
+    """Stands for the tensor at ``index`` of those that the caller passed in."""
 
     index: int
 
@@ -106,16 +101,26 @@ class CacheMemo:
 
 
 class Flattened:
-    """``tensors`` and ``caches`` of a call in order of appearance, and the ``key`` of the rest."""
+    """``tensors`` and ``caches`` of a call in order of appearance, and the ``key`` of the rest.
+
+    ``flat_caches`` are the caches as they were flattened, the same objects as in the call before
+    where nothing of a cache was replaced.
+    """
 
     def __init__(self, value: Any, memo: CacheMemo | None = None) -> None:
         self._memo = memo or CacheMemo()
         self.tensors: list[Tensor] = []
         self.caches: list[Any] = []
+        self.flat_caches: list[FlatCache] = []
         self.cached: set[int] = set()  # which of the tensors are in caches
         key: list[Any] = []
         self._add(value, key)
         self.key = tuple(key)
+
+    @property
+    def uncached(self) -> list[int]:
+        """Which of the tensors are in no cache."""
+        return [index for index in range(len(self.tensors)) if index not in self.cached]
 
     def _add(self, value: Any, key: list[Any]) -> None:
         if isinstance(value, Tensor):
@@ -146,6 +151,7 @@ class Flattened:
     def _add_cache(self, cache: Any, key: list[Any]) -> None:
         self.caches.append(cache)
         flat = self._memo.flat(cache)
+        self.flat_caches.append(flat)
         self.cached.update(range(len(self.tensors), len(self.tensors) + len(flat.tensors)))
         self.tensors.extend(flat.tensors)
         key.extend(flat.key)
@@ -201,98 +207,6 @@ def _substitute_layer(layer: Any, replace: Callable[[Tensor], Tensor]) -> Any:
     return clone
 
 
-@dataclass(frozen=True)
-class LayerState:
-    """What a call changed in one layer of a cache: attributes, of which tensors are slots."""
-
-    layer: Any
-    attributes: dict[str, Any]
-
-
-class Results:
-    """Template of a call's result and of what it left in its caches; ``values`` fill the slots."""
-
-    def __init__(self, result: Any, caches: Sequence[Any], before: Sequence[Any]) -> None:
-        """``before``: :func:`states` of the caches before the call."""
-        self.values: list[Any] = []
-        self._caches = caches
-        self.result = self._template(result)
-        self.cache_states = [
-            tuple(
-                self._layer(layer, old[index] if index < len(old) else {})
-                for index, layer in enumerate(cache.layers)
-            )
-            for cache, old in zip(caches, before, strict=True)
-        ]
-
-    def _template(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._slot(value)
-        if is_cache(value):
-            for index, cache in enumerate(self._caches):
-                if value is cache:
-                    return InputCache(index)
-            check_cache(value)
-            clone = copy.copy(value)
-            clone.layers = [self._layer(layer) for layer in value.layers]
-            return clone
-        if isinstance(value, CONSTANTS):
-            return value
-        if type(value) in (tuple, list):
-            return type(value)(self._template(item) for item in value)
-        if isinstance(value, dict):  # results of transformers among them
-            return type(value)(**{name: self._template(item) for name, item in value.items()})
-        raise NotFlat(f"a result of type {type(value).__name__}")
-
-    def _slot(self, value: Any) -> Slot:
-        for index, known in enumerate(self.values):
-            if known is value:
-                return Slot(index)
-        self.values.append(value)
-        return Slot(len(self.values) - 1)
-
-    def _layer(self, layer: Any, before: dict[str, Any] | None = None) -> LayerState:
-        before = before or {}
-        attributes = {
-            name: self._template(value)
-            for name, value in vars(layer).items()
-            if name not in before or value is not before[name]
-        }
-        return LayerState(layer, attributes)
-
-
-def states(caches: Sequence[Any]) -> list[list[dict[str, Any]]]:
-    """The attributes of every layer of every cache."""
-    return [[dict(vars(layer)) for layer in cache.layers] for cache in caches]
-
-
-def fill(template: Any, values: Sequence[Any], caches: Sequence[Any]) -> Any:
-    """The result that ``template`` stands for."""
-    if isinstance(template, Slot):
-        return values[template.index]
-    if isinstance(template, InputCache):
-        return caches[template.index]
-    if isinstance(template, (tuple, list)):
-        return type(template)(fill(item, values, caches) for item in template)
-    if isinstance(template, dict):
-        return type(template)(
-            **{name: fill(item, values, caches) for name, item in template.items()}
-        )
-    if is_cache(template):
-        cache = copy.copy(template)
-        cache.layers = [new_layer(state, values) for state in template.layers]
-        return cache
-    return template
-
-
-def new_layer(state: LayerState, values: Sequence[Any]) -> Any:
-    """A layer of a cache in the state ``state``."""
-    layer = copy.copy(state.layer)
-    for name, template in state.attributes.items():
-        setattr(layer, name, fill(template, values, ()))
-    return layer
-
-
 def initialize_caches(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Allocate static caches that wait for their first call.
 
@@ -309,3 +223,15 @@ def initialize_caches(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _waits(cache: Any) -> bool:
     static = cache_types()[0][:1]
     return type(cache) in static and not all(layer.is_initialized for layer in cache.layers)
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the positional arguments of ``module``'s forward that keywords may name too.
+
+    Named by all, they make one kind of call of what some callers name and some do not.
+    """
+    parameters = list(signature(module.forward).parameters.values())
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return ()
+    named = takewhile(lambda each: each.kind is each.POSITIONAL_OR_KEYWORD, parameters)
+    return tuple(parameter.name for parameter in named)

@@ -19,6 +19,8 @@ def _templates(problem: GemmProblem) -> tuple[str, ...]:
 
 
 def _declines(problem: GemmProblem) -> str | None:
+    if problem.block_size and problem.format.bits != 4:
+        return f"block scales of {problem.format.bits}-bit codes are not written"
     if problem.block_size and problem.block_size not in BLOCK_SIZES:
         return f"blocks of {problem.block_size} are not written, only {BLOCK_SIZES}"
     return missing_flags(_FLAGS[problem.route])

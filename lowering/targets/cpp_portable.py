@@ -1,4 +1,4 @@
-"""Plain C++ that any compiler vectorises as it can: the last resort before the eager op."""
+"""C++ with the vectors of GCC's and Clang's language extension: any problem, any CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CppTarget: what the C++ targets share, from declining a layout to joining the kernel text."""
+"""CppTarget: what the C++ targets share, from declining a problem to joining the kernel text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from fp4compile.lowering.problem import GemmProblem
+from fp4compile.lowering.problem import INT8, GemmProblem
 
+INT32_MAX = 2**31 - 1
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
@@ -32,7 +33,7 @@ class CppTarget:
 
     def supports(self, problem: GemmProblem) -> str | None:
         """None, or the reason for declining ``problem``."""
-        return layout_reason(problem) or self.declines(problem)
+        return common_reason(problem) or self.declines(problem)
 
     def source(self, problem: GemmProblem) -> str:
         """Kernel text (jinja)."""
@@ -40,14 +41,12 @@ class CppTarget:
         return "\n".join(text(part) for part in ("prelude", *self.templates(problem), driver))
 
 
-def layout_reason(problem: GemmProblem) -> str | None:
-    """Why the packed layout cannot be read by any of the kernels, or None."""
+def common_reason(problem: GemmProblem) -> str | None:
+    """Why none of the kernels computes ``problem``, or None."""
     if problem.device != "cpu":
         return f"the operand is on {problem.device}"
-    if problem.format.bits != 4:
-        return f"{problem.weight_format} has {problem.format.bits} bits; the kernels read nibbles"
-    if problem.block_size % 2:
-        return f"a block of {problem.block_size} codes ends within a byte"
+    if problem.route == INT8 and problem.largest_sum > INT32_MAX:
+        return f"sums of K={problem.K} products do not fit int32"
     return None
 
 

@@ -15,7 +15,6 @@ from fp4compile import lowering
 from fp4compile.blocks import SECOND_FORMAT, block_count, per_channel
 from fp4compile.kernels import REFERENCE
 from fp4compile.lowering.choice import SEEN
-from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import CppTarget
 from fp4compile.packing import pack, unpack_blocks
 from fp4compile.tensor import FP4Tensor
@@ -72,47 +71,6 @@ def skip_if_declined(target: CppTarget) -> None:
             pytest.skip(choice.reason)
 
 
-def scale_of(granularity: str | None, rows: int, blocks: int) -> Tensor | None:
-    return {
-        "block": torch.rand(rows, blocks),
-        "token": torch.rand(rows, 1),
-        "tensor": torch.tensor(0.37),
-        None: None,
-    }[granularity]
-
-
-@pytest.mark.parametrize(
-    ("N", "K", "size", "format", "granularity"),
-    [
-        (70, 2248, 32, "e2m1|e1m2", "block"),
-        (33, 777, 16, "e1m2", "token"),
-        (65, 640, 16, "e1m2|e2m1", "block"),
-        (128, 1040, 64, "e2m1|e3m0", "block"),
-        (16, 2304, 128, "e2m1|e1m2", "tensor"),
-        (1, 1, 32, "e2m1|e1m2", "block"),
-    ],
-)
-def test_int8_operand(
-    compiled: Make,
-    int8_operand: Make,
-    target: CppTarget,
-    N: int,
-    K: int,
-    size: int,
-    format: str,
-    granularity: str,
-) -> None:
-    weight = Blocks.random(N, K, size, format)
-    fast = compiled(weight.linear)
-    for M in ROWS:
-        operand, scale = int8_operand(M, K), scale_of(granularity, M, weight.codes.shape[-1])
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            y = fast(operand, scale)
-            skip_if_declined(target)
-            weight.check(y, operand, scale)
-
-
 @pytest.mark.parametrize("size", [16, 32, 128])
 def test_sums_are_exact(compiled: Make, int8_operand: Make, target: CppTarget, size: int) -> None:
     # Scales of 1, 2 and 4 leave integers that float32 holds, so nothing is ever rounded.
@@ -125,18 +83,6 @@ def test_sums_are_exact(compiled: Make, int8_operand: Make, target: CppTarget, s
         y = fast(operand, scale)
         skip_if_declined(target)
         assert torch.equal(y, weight.linear(operand, scale, bias))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-@pytest.mark.parametrize("size", [16, 32])
-def test_weight_only(compiled: Make, target: CppTarget, dtype: torch.dtype, size: int) -> None:
-    weight = Blocks.random(70, 1160, size, "e2m1|e1m2")
-    fast = compiled(lambda x: weight.linear(x, None))
-    for M in ROWS:
-        x = torch.randn(M, 1160).to(dtype)
-        y = fast(x)
-        skip_if_declined(target)
-        weight.check(y, x, None)
 
 
 def test_bfloat16_operand_with_scales(compiled: Make, target: CppTarget) -> None:
@@ -186,17 +132,3 @@ def test_kernel_for_tells_what_compiling_chooses(
     compiled(lambda x: F.linear(x, weight))(x)
     assert told in SEEN
     assert all(choice.target != REFERENCE for choice in SEEN)
-
-
-def test_six_bits_decline(target: CppTarget) -> None:
-    problem = GemmProblem(
-        N=8,
-        K=64,
-        weight_format="e2m3|e1m4",
-        operand_dtype=torch.int8,
-        operand_scale="block",
-        block_size=32,
-        bias=False,
-        out_dtype=torch.float32,
-    )
-    assert "6 bits" in (target.supports(problem) or "")

@@ -30,22 +30,23 @@ PROBLEM = GemmProblem(
 )
 
 
-def test_six_bits_fall_back_with_a_reason(
+def test_the_reference_is_chosen_with_a_reason(
     compiled: Make, random_weight: Make, int8_operand: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weight = random_weight(9, 16, "e2m3")
+    K = 2**17  # times 127 * 128 leaves int32
+    weight = random_weight(2, K, "e1m6")
 
     def run(operand: Tensor, scale: Tensor) -> Tensor:
         return torch.ops.fp4.linear(
-            operand, scale, weight.packed, weight.scale, None, "e2m3", torch.float32
+            operand, scale, weight.packed, weight.scale, None, "e1m6", torch.float32
         )
 
-    operand, scale = int8_operand(3, 16), torch.rand(3, 1)
+    operand, scale = int8_operand(3, K), torch.rand(3, 1)
     with caplog.at_level(logging.INFO, logger="fp4compile.lowering"):
         assert torch.equal(compiled(run)(operand, scale), run(operand, scale))
     (choice,) = SEEN
     assert choice.target == "reference"
-    assert "6 bits" in choice.reason
+    assert "int32" in choice.reason
     assert choice.reason in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Compiled fp4::linear against the eager reference, over targets, formats and awkward sizes."""
+"""Compiled fp4::linear within a graph: batches, epilogues, shared buffers, changing rows."""
 
 from __future__ import annotations
 
@@ -9,95 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4compile.lowering.choice import SEEN
 from fp4compile.lowering.targets import CppTarget
 
 Make = Callable[..., Any]
 
 linear = torch.ops.fp4.linear
-# Below, at and above every tile and every switch between kernels.
-ROWS = (3, 1, 2, 4, 5, 9, 31, 33, 64, 131, 400)
-SIZES = {  # N, K: multiples of the tiles, tails, odd K, tiny
-    "even": (128, 256),
-    "tails": (70, 200),
-    "odd": (67, 131),
-    "tiny": (1, 1),
-    "wide": (33, 777),
-}
-
-
-def skip_if_declined(target: CppTarget) -> None:
-    for choice in SEEN:
-        if choice.target != target.name:
-            pytest.skip(choice.reason)
-
-
-@pytest.mark.parametrize(
-    ("size", "format", "granularity", "bias"),
-    [
-        ("even", "e2m1", "token", None),
-        ("tails", "e3m0", "token", torch.float32),
-        ("odd", "e2m1", "tensor", torch.bfloat16),
-        ("tiny", "e1m2", "tensor", None),
-        ("wide", "e3m0", None, None),
-    ],
-)
-def test_int8_route_is_exact(
-    compiled: Make,
-    random_weight: Make,
-    int8_operand: Make,
-    target: CppTarget,
-    size: str,
-    format: str,
-    granularity: str | None,
-    bias: torch.dtype | None,
-) -> None:
-    N, K = SIZES[size]
-    weight = random_weight(N, K, format, bias)
-
-    def run(operand: Tensor, scale: Tensor | None) -> Tensor:
-        return linear(
-            operand, scale, weight.packed, weight.scale, weight.bias, format, torch.float32
-        )
-
-    fast = compiled(run)
-    for M in ROWS:
-        operand = int8_operand(M, K)
-        scale = {"token": torch.rand(M, 1), "tensor": torch.tensor(0.37), None: None}[granularity]
-        expected = run(operand, scale)
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            assert torch.equal(fast(operand, scale), expected), f"M={M}, {threads} threads"
-            skip_if_declined(target)
-
-
-@pytest.mark.parametrize(
-    ("size", "format", "dtype"),
-    [
-        ("tails", "e2m1", torch.bfloat16),
-        ("odd", "e3m0", torch.float32),
-        ("even", "e1m2", torch.float16),
-    ],
-)
-def test_weight_only_route(
-    compiled: Make,
-    random_weight: Make,
-    target: CppTarget,
-    size: str,
-    format: str,
-    dtype: torch.dtype,
-) -> None:
-    N, K = SIZES[size]
-    weight = random_weight(N, K, format, torch.float32)
-
-    def run(x: Tensor) -> Tensor:
-        return linear(x, None, weight.packed, weight.scale, weight.bias, format, torch.float32)
-
-    fast = compiled(run)
-    for M in ROWS:
-        x = torch.randn(M, K).to(dtype)
-        torch.testing.assert_close(fast(x), run(x), rtol=1e-5, atol=1e-5 * K**0.5 * 64)
-        skip_if_declined(target)
 
 
 def test_bfloat16_operand_with_scale(

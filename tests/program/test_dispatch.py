@@ -12,9 +12,9 @@ from models import tiny_llama, tokens
 from torch import nn
 
 import fp4compile
-from fp4compile.compile import compile_model, run_as_programs
-from fp4compile.errors import CompileError
-from fp4compile.program.dispatch import Dispatcher, Run
+from fp4compile.compile import compile_model
+from fp4compile.program.dispatch import Dispatcher
+from fp4compile.program.program import CompiledRegion
 from fp4compile.program.regions import Region
 from fp4compile.tensor import FP4Tensor
 
@@ -29,14 +29,14 @@ def eager() -> nn.Module:
     )
 
 
-def run_eagerly(region: Region, _: Any) -> Run:
+def run_eagerly(region: Region, _: Any) -> CompiledRegion:
     """Inductor's part is tested in tests/lowering; here its place is taken by the graph itself."""
     module = torch.fx.GraphModule({}, region.graph)
-    return lambda arguments: module(*arguments)
+    return CompiledRegion(lambda arguments: module(*arguments))
 
 
 def with_programs(model: nn.Module) -> nn.Module:
-    model = run_as_programs(compile_model(copy.deepcopy(model)))
+    model = compile_model(copy.deepcopy(model))
     dynamo = model._compiled_call_impl._otherwise
     model._compiled_call_impl = Dispatcher(model, run_eagerly, dynamo)
     return model
@@ -130,6 +130,24 @@ def test_generate_takes_the_cache_that_it_is_given(eager, compiled):
     assert torch.equal(got, eager.generate(prompt, max_new_tokens=4, **GREEDY))
 
 
+@pytest.mark.parametrize("role", ["draft", "target"])
+def test_assisted_generation_is_left_its_cache(eager, compiled, role):
+    other, prompt = tiny_llama(layers=1), tokens(1, 6)
+    target, draft = (other, compiled) if role == "draft" else (compiled, other)
+    expected = (other if role == "draft" else eager).generate(prompt, max_new_tokens=4, **GREEDY)
+    got = target.generate(prompt, assistant_model=draft, max_new_tokens=4, **GREEDY)
+    assert torch.equal(got, expected)
+
+
+def test_a_generation_config_is_not_changed(eager, compiled):
+    config = copy.deepcopy(compiled.generation_config)
+    config.max_new_tokens, config.do_sample = 4, False
+    before, prompt = config.to_dict(), tokens(1, 5)
+    got = compiled.generate(prompt, generation_config=config)
+    assert torch.equal(got, eager.generate(prompt, generation_config=config))
+    assert config.to_dict() == before
+
+
 def test_new_weights_are_noticed(eager):
     model, expected = with_programs(eager), copy.deepcopy(eager)
     ids = tokens(1, 5)
@@ -140,6 +158,19 @@ def test_new_weights_are_noticed(eager):
         torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=2e-2, atol=2e-2)
 
 
-def test_only_compiled_models_run_as_programs(eager):
-    with pytest.raises(CompileError, match="compile_model first"):
-        run_as_programs(copy.deepcopy(eager))
+@torch.no_grad()
+def test_merged_weights_are_saved_copied_and_loaded_as_others(eager, compiled, tmp_path):
+    ids = tokens(2, 9)
+    expected = eager(ids).logits
+    compiled.save_pretrained(tmp_path)
+    assert torch.equal(type(compiled).from_pretrained(tmp_path)(ids).logits, expected)
+    assert torch.equal(copy.deepcopy(compiled)(ids).logits, expected)
+    torch.save(compiled, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert torch.equal(whole(ids).logits, expected)
+    before = compiled(ids).logits
+    compiled.load_state_dict(eager.state_dict())
+    assert torch.equal(compiled(ids).logits, before)
+    fresh = copy.deepcopy(eager)
+    fresh.load_state_dict(compiled.state_dict())
+    assert torch.equal(fresh(ids).logits, expected)
