@@ -1,4 +1,7 @@
-"""Weights of 6 and 8 bits: int8, fp8 or bfloat16 tensor cores, whichever holds both operands."""
+"""Weights of 6 and 8 bits: int8, fp8 or bfloat16 tensor cores, whichever holds both operands.
+
+As fp8 the reserved codes of E4M3 and E5M2, which no quantizer makes, are NaN and infinity.
+"""
 
 from __future__ import annotations
 

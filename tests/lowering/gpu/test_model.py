@@ -108,6 +108,9 @@ def test_kernels_of_a_decoder_layer():
     assert counts["tem"] == 4 + 1
     # Norm and quantize, twice and before the head.
     assert counts["per"] == 2 + 1
+    # Rounding of attention's output and of silu(gate) * up; the rest is mask, rotary embedding and
+    # what attention reads.
+    assert counts["poi"] <= 2 + 6
     assert targets == {"triton_int8"}
 
 
