@@ -9,6 +9,7 @@ import torch
 from fp4compile.kernels import REFERENCE, KernelChoice
 from fp4compile.lowering import inductor
 from fp4compile.lowering.choice import choose, record
+from fp4compile.lowering.ops.gemm import gemm_inputs, gemm_problem
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import CPU_TARGETS
 
@@ -24,17 +25,6 @@ def choose_for_stack(problem: GemmProblem) -> tuple[Any, KernelChoice]:
     return choose(problem, CPU_TARGETS)
 
 
-def granularity_of(operand_scale: Any, block_scale: Any) -> str | None:
-    """What shares a scale of the operand."""
-    if operand_scale is None:
-        return None
-    if not operand_scale.get_size():
-        return "tensor"
-    # Blocks as long as a row are the same as tokens.
-    columns = inductor.static_int(operand_scale.get_size()[-1])
-    return "token" if block_scale is None or columns == 1 else "block"
-
-
 @inductor.register(_OP)
 def grouped_linear(
     operand: Any,
@@ -48,16 +38,14 @@ def grouped_linear(
     block_size: int = 0,
 ) -> Any:
     experts, rows, _ = (inductor.static_int(size) for size in packed_weight.get_size())
-    problem = GemmProblem(
-        N=rows,
-        K=inductor.static_int(operand.get_size()[-1]),
-        weight_format=weight_format.lower(),
-        operand_dtype=operand.get_dtype(),
-        operand_scale=granularity_of(operand_scale, block_scale),
-        block_size=inductor.static_int(block_size),
-        bias=False,
-        out_dtype=out_dtype,
-        device=operand.get_device().type,
+    problem = gemm_problem(
+        operand,
+        operand_scale,
+        block_scale,
+        rows,
+        weight_format,
+        out_dtype,
+        block_size,
         experts=experts,
     )
     target, _ = choose_for_stack(problem)
@@ -73,14 +61,6 @@ def grouped_linear(
             block_scale,
             block_size,
         )
-    inputs = {
-        "operand": inductor.as_matrix(operand),
-        "packed_weight": inductor.as_matrix(packed_weight),
-        "weight_scale": inductor.as_vector(weight_scale),
-        "offsets": inductor.as_vector(offsets),
-    }
-    if block_scale is not None:
-        inputs["block_scale"] = inductor.as_matrix(block_scale)
-    if operand_scale is not None:
-        inputs["operand_scale"] = inductor.as_vector(operand_scale)
+    inputs = gemm_inputs(operand, operand_scale, packed_weight, weight_scale, block_scale)
+    inputs["offsets"] = inductor.as_vector(offsets)
     return inductor.grouped_gemm(f"fp4_{target.name}", target.source(problem), problem, inputs)

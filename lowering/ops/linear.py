@@ -9,7 +9,8 @@ import torch
 from fp4compile.kernels import KernelChoice
 from fp4compile.lowering import inductor, inductor_gpu
 from fp4compile.lowering.choice import choose, log
-from fp4compile.lowering.ops.grouped_linear import choose_for_stack, granularity_of
+from fp4compile.lowering.ops.gemm import gemm_inputs, gemm_problem, place
+from fp4compile.lowering.ops.grouped_linear import choose_for_stack
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import TritonTarget, targets_of
 from fp4compile.ops.quantize_activation import operand_dtype
@@ -35,19 +36,18 @@ def linear(
     operand_shift: Any = None,
     shift_block: int = 0,
 ) -> Any:
-    problem = GemmProblem(
-        N=inductor.static_int(packed_weight.get_size()[0]),
-        K=inductor.static_int(operand.get_size()[-1]),
-        weight_format=weight_format.lower(),
-        operand_dtype=operand.get_dtype(),
-        operand_scale=granularity_of(operand_scale, block_scale),
-        block_size=inductor.static_int(block_size),
+    problem = gemm_problem(
+        operand,
+        operand_scale,
+        block_scale,
+        inductor.static_int(packed_weight.get_size()[0]),
+        weight_format,
+        out_dtype,
+        block_size,
         bias=bias is not None,
-        out_dtype=out_dtype,
-        **place(operand.get_device()),
         operand_format=operand_format,
-        experts=0,
-        shift_block=0 if operand_shift is None else max(1, inductor.static_int(shift_block)),
+        operand_shift=operand_shift,
+        shift_block=shift_block,
     )
     warn_of_stale_cache()
     target, _ = choose(problem, targets_of(problem.device))
@@ -67,15 +67,7 @@ def linear(
             operand_shift,
             shift_block,
         )
-    inputs = {
-        "operand": inductor.as_matrix(operand),
-        "packed_weight": inductor.as_matrix(packed_weight),
-        "weight_scale": inductor.as_vector(weight_scale),
-    }
-    if block_scale is not None:
-        inputs["block_scale"] = inductor.as_matrix(block_scale)
-    if operand_scale is not None:
-        inputs["operand_scale"] = inductor.as_vector(operand_scale)
+    inputs = gemm_inputs(operand, operand_scale, packed_weight, weight_scale, block_scale)
     batch = operand.get_size()[:-1]
     if isinstance(target, TritonTarget):
         if bias is not None:
@@ -95,12 +87,6 @@ def warn_of_stale_cache() -> None:
             "post_grad_custom_pre_pass was assigned after fp4compile.lowering was imported; "
             "Inductor's cache may serve kernels of another version of fp4compile"
         )
-
-
-def place(device: torch.device) -> dict[str, str]:
-    if device.type != "cuda":
-        return {"device": device.type}
-    return {"device": device.type, "architecture": inductor_gpu.architecture(device)}
 
 
 def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:

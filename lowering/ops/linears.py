@@ -9,9 +9,8 @@ import torch
 
 from fp4compile.lowering import inductor, inductor_gpu
 from fp4compile.lowering.choice import choose
-from fp4compile.lowering.ops.grouped_linear import granularity_of
-from fp4compile.lowering.ops.linear import linear, place, warn_of_stale_cache
-from fp4compile.lowering.problem import GemmProblem
+from fp4compile.lowering.ops.gemm import gemm_problem
+from fp4compile.lowering.ops.linear import linear, warn_of_stale_cache
 from fp4compile.lowering.targets import TritonTarget, targets_of
 from fp4compile.lowering.targets.triton_gemm import capability
 
@@ -34,20 +33,18 @@ def linears(
 ) -> list[Any]:
     warn_of_stale_cache()
     rows = [inductor.static_int(packed.get_size()[0]) for packed in packed_weights]
-    scales = block_scales[0] if block_scales else None
-    problem = GemmProblem(
-        N=sum(rows),
-        K=inductor.static_int(operand.get_size()[-1]),
-        weight_format=weight_format.lower(),
-        operand_dtype=operand.get_dtype(),
-        operand_scale=granularity_of(operand_scale, scales),
-        block_size=inductor.static_int(block_size),
+    problem = gemm_problem(
+        operand,
+        operand_scale,
+        block_scales[0] if block_scales else None,
+        sum(rows),
+        weight_format,
+        out_dtype,
+        block_size,
         bias=bool(biases),
-        out_dtype=out_dtype,
-        **place(operand.get_device()),
         operand_format=operand_format,
-        experts=0,
-        shift_block=0 if operand_shift is None else max(1, inductor.static_int(shift_block)),
+        operand_shift=operand_shift,
+        shift_block=shift_block,
     )
     facts = (operand_format, operand_outer, operand_shift, shift_block)
     target, _ = choose(problem, targets_of(problem.device))
