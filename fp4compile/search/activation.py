@@ -66,19 +66,22 @@ class ActivationError:
         channels = next(iter(problem.weights.values())).shape[1]
         gram, cross = torch.zeros(2, channels, channels)
         kept = []
-        keep = sum(len(weight) for weight in problem.weights.values()) < channels
+        outputs = sum(len(weight) for weight in problem.weights.values())
+        keep = outputs < channels and not problem.heads
         for name, weight in problem.weights.items():
-            centred = name in problem.heads
             factor = powers[name].clamp_min(TINY).rsqrt()
-            mean = mean_hat = torch.zeros(channels)
-            if centred:
-                mean, mean_hat = weight.mean(dim=0), mean_row(weight, qparams[name])
+            total, total_hat = torch.zeros(2, channels)
             for rows, part in row_parts(weight, qparams[name]):
-                w, w_hat = (rows - mean) * factor, (dequantized(rows, part) - mean_hat) * factor
+                w, w_hat = rows * factor, dequantized(rows, part) * factor
                 gram.addmm_(w_hat.t(), w_hat)
                 cross.addmm_(w_hat.t(), w)
+                total += w.sum(dim=0)
+                total_hat += w_hat.sum(dim=0)
                 if keep:
                     kept.append((w, w_hat))
+            if name in problem.heads:
+                gram.addr_(total_hat, total_hat, alpha=-1 / len(weight))
+                cross.addr_(total_hat, total, alpha=-1 / len(weight))
         both = tuple(torch.cat(side) for side in zip(*kept, strict=True)) if keep else None
         return cls(len(problem.weights), gram, cross, both)  # type: ignore[arg-type]  # two of them
 
@@ -118,12 +121,6 @@ class ActivationError:
         difference = tokens.scaled(apply_activation(tokens.x, candidate) - tokens.x)
         seen = difference.square().mean(dim=0)
         return float((seen + clipping_errors(tokens, candidate)) @ self.diagonal)
-
-
-def mean_row(weight: Tensor, qparams: WeightQParams) -> Tensor:
-    """Mean ``[K]`` of the rows of the quantized weight ``[N, K]``."""
-    sums = [dequantized(*part).sum(dim=0) for part in row_parts(weight, qparams)]
-    return torch.stack(sums).sum(dim=0) / len(weight)
 
 
 def search_activation(
