@@ -95,6 +95,7 @@ class FP4Observer(AffineQuantizedObserverBase):
         return input
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        # Of torchao's interface; torchao asks observers that have a convert() for nothing else.
         raise NotImplementedError("FP4 has no zero point; convert() decides")
 
     def convert(self, model: fx.GraphModule, observer_node: fx.Node) -> None:
