@@ -79,7 +79,8 @@ class Replays:
         with record() as recording:
             results = self._evaluate(own)
         caches = {_memory(own[index]) for index in flat.cached}
-        kept = [each for each in recording.tensors if _memory(each) not in caches | self._weights]
+        elsewhere = caches | self._weights
+        kept = [each for each in recording.tensors if _memory(each) not in elsewhere]
         templates = [_template(result, own) for result in results]
         obstacle = recording.obstacle or _obstacle(flat, own, templates, kept, caches)
         for index in flat.uncached:
