@@ -47,14 +47,12 @@ def in_order(weight: FP4Tensor, order: Tensor) -> FP4Tensor:
     codes = ordered(unpack(weight.packed_weight, bits, weight.reduction), order)
     blocks = order.view(-1, SHIFT_BLOCK)[:, 0]  # padding never begins one
     shift = weight.exponent_shift[blocks].repeat_interleave(SHIFT_BLOCK)
-    tensors = {name: getattr(weight, name) for name in FP4Tensor.TENSORS}
-    tensors |= {
+    parts = {
         "packed_weight": pack(codes, bits),
         "exponent_shift": shift,
         "channel_order": order,
     }
-    attributes = {name: getattr(weight, name) for name in FP4Tensor.ATTRIBUTES}
-    return FP4Tensor(**tensors, **attributes, dtype=weight.dtype)
+    return weight.with_parts(parts)
 
 
 def reason_against(weight: FP4Tensor) -> str | None:

@@ -33,7 +33,7 @@ def rows(weight: FP4Tensor, ranges: Sequence[tuple[int, int]]) -> FP4Tensor:
         parts["block_scale"] = cut(weight.block_scale, -2)
     else:
         parts["weight_scale"] = cut(weight.weight_scale, -1)
-    return _with_tensors(weight, parts, weight.reduction)
+    return _part_of(weight, parts, weight.reduction)
 
 
 def columns(weight: FP4Tensor, start: int, stop: int) -> FP4Tensor:
@@ -63,7 +63,7 @@ def columns(weight: FP4Tensor, start: int, stop: int) -> FP4Tensor:
         parts["block_scale"] = weight.block_scale[..., start // size : -(-stop // size)].clone()
     if weight.exponent_shift is not None:
         parts["exponent_shift"] = weight.exponent_shift[start:stop].clone()
-    return _with_tensors(weight, parts, stop - start)
+    return _part_of(weight, parts, stop - start)
 
 
 def channel_multiple(weight_format: str, block_size: int, rotation: int) -> int:
@@ -72,16 +72,11 @@ def channel_multiple(weight_format: str, block_size: int, rotation: int) -> int:
     return lcm(codes_per_group(bits), block_size or 1, rotation)
 
 
-def _with_tensors(weight: FP4Tensor, parts: dict[str, Tensor], reduction: int) -> FP4Tensor:
-    tensors = {name: getattr(weight, name) for name in FP4Tensor.TENSORS} | parts
+def _part_of(weight: FP4Tensor, cut: dict[str, Tensor], reduction: int) -> FP4Tensor:
     # A scale that all parts share must not keep the file mapped that it was read from.
-    tensors = {
-        name: tensor if name in parts or tensor is None else tensor.clone()
-        for name, tensor in tensors.items()
-    }
-    attributes = {name: getattr(weight, name) for name in FP4Tensor.ATTRIBUTES}
-    attributes["reduction"] = reduction
-    return FP4Tensor(**tensors, **attributes, dtype=weight.dtype)
+    shared = [name for name in weight.__tensor_flatten__()[0] if name not in cut]
+    copies = {name: getattr(weight, name).clone() for name in shared}
+    return weight.with_parts(copies | cut, reduction=reduction)
 
 
 def summed_linear(

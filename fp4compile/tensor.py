@@ -7,7 +7,7 @@ quantized by what it computes, not by the classes of its modules; eager calls, `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -215,16 +215,19 @@ class FP4Tensor(PackedWeight):
             f"activation={activation} per {self.granularity}, device={self.device})"
         )
 
+    def with_parts(self, tensors: Mapping[str, Tensor], **attributes: Any) -> FP4Tensor:
+        """The same weight with some ``tensors`` and attributes replaced."""
+        parts: dict[str, Any] = {name: getattr(self, name) for name in self.TENSORS}
+        return type(self)(**(parts | dict(tensors)), **(self._attributes() | attributes))
+
     def with_attributes(self, **changes: Any) -> FP4Tensor:
         """The same tensors with some attributes replaced."""
-        tensors: dict[str, Any] = {name: getattr(self, name) for name in self.TENSORS}
-        return type(self)(**tensors, **(self._attributes() | changes))
+        return self.with_parts({}, **changes)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor], **changes: Any) -> FP4Tensor:
         """``function`` applied to every inner tensor."""
         names = self.__tensor_flatten__()[0]
-        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
-        return type(self)(**tensors, **(self._attributes() | changes))
+        return self.with_parts({name: function(getattr(self, name)) for name in names}, **changes)
 
     def dequantize(self) -> Tensor:
         """The weight that the codes mean, float32, in the logical shape."""
@@ -373,13 +376,12 @@ def _of_stack(func: Any, self: FP4Tensor, *index: Any, **kwargs: Any) -> FP4Tens
             f"{tuple(self.shape)}: only matrices of a stack can be taken; leave this parameter "
             "out with ignore=[...]"
         )
-    parts = {name: getattr(self, name) for name in self.TENSORS}
-    for name in ("packed_weight", "weight_scale", "block_scale"):
-        if parts[name] is not None:
-            parts[name] = func(parts[name], *index, **kwargs)
+    names = ("packed_weight", "weight_scale", "block_scale")
+    held = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    parts = {name: func(tensor, *index, **kwargs) for name, tensor in held.items()}
     if parts["weight_scale"].dim() == 2 and self.block_scale is not None:
         parts["weight_scale"] = parts["weight_scale"].flatten()
-    return type(self)(**parts, **self._attributes())
+    return self.with_parts(parts)
 
 
 def _copy(self: FP4Tensor, source: Tensor, non_blocking: bool = False) -> FP4Tensor:
