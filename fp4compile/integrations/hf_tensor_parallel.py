@@ -188,12 +188,19 @@ class _VocabularyEmbedding(EmbeddingParallel):
         return module
 
 
-def _is_indivisible(module: nn.Module, param: str, mesh: DeviceMesh) -> bool:
-    """Whether ``param`` will be an FP4 weight that cannot be cut along K into equal parts."""
+def _expected(module: nn.Module, param: str) -> tuple[nn.Parameter, Mapping[str, Any]] | None:
+    """(placeholder, attributes) of the FP4 weight that ``param`` will be, if it will be one."""
     whole = module._parameters.get(param)
     attributes = None if whole is None else _EXPECTED.get(whole)
-    if whole is None or attributes is None:
+    return None if whole is None or attributes is None else (whole, attributes)
+
+
+def _is_indivisible(module: nn.Module, param: str, mesh: DeviceMesh) -> bool:
+    """Whether ``param`` will be an FP4 weight that cannot be cut along K into equal parts."""
+    expected = _expected(module, param)
+    if expected is None:
         return False
+    whole, attributes = expected
     names = ("weight_format", "block_size", "rotation")
     multiple = shards.channel_multiple(*(attributes[name] for name in names))
     if attributes["reduction"] % (mesh.size() * multiple) == 0:
@@ -213,10 +220,10 @@ def _cut_placeholder(
     """Whether ``param`` will be an FP4 weight; if so, its placeholder becomes one of this process's
     part, cut along the logical ``dim``, ``groups`` fused matrices each for itself.
     """
-    whole = module._parameters.get(param)
-    attributes = None if whole is None else _EXPECTED.get(whole)
-    if whole is None or attributes is None:
+    expected = _expected(module, param)
+    if expected is None:
         return False
+    whole, attributes = expected
     ranges = _ranges(whole.shape[dim], mesh, groups)
     shape = list(whole.shape)
     shape[dim] = sum(stop - start for start, stop in ranges)

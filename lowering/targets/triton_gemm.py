@@ -8,7 +8,6 @@ from typing import Any
 
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets.template import text
-from fp4compile.packing import packed_size
 
 # About what data-centre GPUs of the last generations have.
 MULTIPROCESSORS = 128
@@ -61,7 +60,7 @@ class TritonTarget:
             "N": problem.N,
             "ROWS": list(rows) or [problem.N],
             "K": problem.K,
-            "BYTES": packed_size(problem.K, problem.format.bits),
+            "BYTES": problem.row_bytes,
             "OPERAND_SCALE": problem.operand_scale or "",
             "BIAS": problem.bias,
             "BLOCK_SCALES": problem.block_size > 0,
