@@ -104,17 +104,11 @@ def attention(
 
 @dataclass(frozen=True)
 class AttentionSample:
-    """A call of one attention, as :func:`attention` takes it, all float32 and with as many heads of
-    keys as of queries; ``output`` in full precision and the probabilities.
+    """A call of one attention: the arguments of :func:`attention` before ``products``, and its
+    ``output`` in full precision; all tensors float32.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    scaling: float
-    softcap: float | None
-    probability: Tensor
+    arguments: tuple[Tensor, Tensor, Tensor, Tensor | None, float, float | None]
     output: Tensor
 
 
@@ -150,14 +144,10 @@ class AttentionObserver:
         for name, x in values.items():
             self._absmax[name] = torch.maximum(self._absmax[name], x.abs().amax().float().cpu())
         if len(self._samples) < self._calls:
-            groups = query.shape[1] // key.shape[1]
-            q, k, v, p, y = (
-                x[: self._rows].float().cpu() for x in (query, key, value, probability, output)
-            )
-            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+            q, k, v, y = (x[: self._rows].float().cpu() for x in (query, key, value, output))
             # A mask may be the same for all rows.
             part = None if mask is None else mask[: self._rows].float().cpu()
-            self._samples.append(AttentionSample(q, k, v, part, scaling, softcap, p, y))
+            self._samples.append(AttentionSample((q, k, v, part, scaling, softcap), y))
 
     @property
     def value(self) -> AttentionStatistics:
@@ -209,15 +199,7 @@ def _error(samples: Sequence[AttentionSample], operands: Mapping[str, Activation
     products = AttentionProducts(operands)
     wrong = power = 0.0
     for sample in samples:
-        found, _ = attention(
-            sample.query,
-            sample.key,
-            sample.value,
-            sample.mask,
-            sample.scaling,
-            sample.softcap,
-            products,
-        )
+        found, _ = attention(*sample.arguments, products)
         wrong += float((found - sample.output).square().sum())
         power += float(sample.output.square().sum())
     return wrong / max(power, torch.finfo().tiny)

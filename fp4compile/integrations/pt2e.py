@@ -88,9 +88,7 @@ class FP4Observer(AffineQuantizedObserverBase):
     def forward(self, input: Tensor) -> Tensor:
         x = input.detach().flatten(0, -2)
         if self.seen is None:
-            self.seen = ActivationObserver(
-                x.shape[-1], SAMPLE_TOKENS, second_moment=self.method != "minmax", device=x.device
-            )
+            self.seen = ActivationObserver(x.shape[-1], SAMPLE_TOKENS, device=x.device)
         self.seen.update(x.to(torch.float32))
         return input
 
