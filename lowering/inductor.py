@@ -479,8 +479,12 @@ def grouped_gemm(name: str, source: str, problem: GemmProblem, inputs: dict[str,
     size = [matrix.get_size()[0], problem.N]
     layout = ir.FixedLayout(matrix.get_device(), problem.out_dtype, size)
     template = GemmTemplate(name, source, problem, _distinct(inputs), layout)
+    return _unfused(template)
+
+
+def _unfused(template: Any) -> Any:
+    """The result of a text that stores it itself; what follows is another kernel."""
     result = template.generate().output_node()
-    # The text stores its result itself; what follows is another kernel.
     V.graph.no_fuse_buffer_names.add(result.get_name())
     return result
 
@@ -490,10 +494,7 @@ def one_kernel(name: str, source: str, problem: Any, inputs: dict[str, Any]) -> 
     first = next(iter(inputs.values()))
     layout = ir.FixedLayout(first.get_device(), first.get_dtype(), first.get_size())
     template = OneKernelTemplate(name, source, problem, _distinct(inputs), layout)
-    result = template.generate().output_node()
-    # The text stores its result itself; what follows is another kernel.
-    V.graph.no_fuse_buffer_names.add(result.get_name())
-    return result
+    return _unfused(template)
 
 
 def quantize_rows(
