@@ -16,7 +16,10 @@ import triton
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_SASS = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*);", re.MULTILINE
+)
+_BRANCH_TARGET = re.compile(r"\b0x([0-9a-f]+)")
 _AMDGCN = re.compile(r"^\t([a-z]+_[a-z0-9_]+)", re.MULTILINE)
 
 
@@ -75,7 +78,20 @@ class MachineCode:
     @cached_property
     def instructions(self) -> Counter[str]:
         """How often each machine instruction stands in the kernel, modifiers included."""
-        return Counter((_SASS if self.is_nvidia else _AMDGCN).findall(self.disassembly))
+        if not self.is_nvidia:
+            return Counter(_AMDGCN.findall(self.disassembly))
+        return Counter(name for _, name, _ in _SASS.findall(self.disassembly))
+
+    @cached_property
+    def loop(self) -> Counter[str]:
+        """As :attr:`instructions`, of the longest loop in SASS: between a branch and its target."""
+        lines = [(int(at, 16), *rest) for at, *rest in _SASS.findall(self.disassembly)]
+        loops = [
+            [name for at, name, _ in lines if int(target[1], 16) <= at <= end]
+            for end, branch, operands in lines
+            if branch == "BRA" and (target := _BRANCH_TARGET.search(operands))
+        ]
+        return Counter(max(loops, key=len))
 
     def _cuobjdump(self, option: str) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

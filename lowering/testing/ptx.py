@@ -36,6 +36,7 @@ def _lop3(a: Words, b: Words, c: Words, table: Words) -> Words:
 
 
 _INSTRUCTIONS: dict[str, Callable[..., Words]] = {
+    "mov.u32": np.copy,
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
     "shl.b32": np.left_shift,
@@ -48,10 +49,14 @@ _INSTRUCTIONS: dict[str, Callable[..., Words]] = {
 def emulate(assembly: str, outputs: int, inputs: Sequence[Words]) -> list[Words]:
     """Registers ``$0`` to ``$outputs-1`` after ``assembly`` ran on ``inputs``, the next registers.
 
+    Element i is in lane i mod 32.
+
     Raises:
         NotImplementedError: an instruction that is not in the table.
     """
     registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+    lanes = np.arange(inputs[0].size, dtype=np.uint32).reshape(inputs[0].shape) % np.uint32(32)
+    registers["%lanemask_lt"] = (np.uint32(1) << lanes) - np.uint32(1)
     for line in assembly.strip("{} \n").split(";"):
         name, *operands = re.split(r"[\s,]+", line.strip())
         if name in ("", ".reg"):
@@ -85,14 +90,7 @@ def _words(data: NDArray[Any], pack: int) -> Words:
     return np.ascontiguousarray(data).reshape(-1, pack).view(np.uint32)[:, 0]
 
 
-# The interpreter keeps bfloat16 and the 8-bit floats as their bits.
-_STORED = {
-    tl.int8: np.int8,
-    tl.float16: np.float16,
-    tl.bfloat16: np.uint16,
-    tl.float8e4nv: np.uint8,
-    tl.float8e5: np.uint8,
-}
+_STORED = {tl.int16: np.int16, tl.int32: np.int32}
 
 
 def _tensor(registers: Sequence[Words], dtype: Any, shape: Any) -> Any:

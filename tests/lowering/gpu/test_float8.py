@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fp4compile.formats import by_name, of_width
+from fp4compile.formats import by_name
 from fp4compile.lowering.choice import SEEN
 from fp4compile.lowering.gpus import GPUS
 from fp4compile.lowering.targets.triton_float8 import FNUZ, OCP, exact
-from fp4compile.lowering.unpack import float8_ptx
 from fp4compile.packing import pack
 
 INSTRUCTIONS = {
@@ -81,15 +79,3 @@ def test_every_value_of_the_format_is_one_of_the_type(types, format):
     fmt = by_name(format)
     factor = fmt.default_step / (2 if types is FNUZ else 1)
     assert exact(tuple(value * factor for value in fmt.integer_values), types[format][1])
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-@pytest.mark.parametrize("fmt", [f for f in of_width(4) if f.name != "e1m2"], ids=lambda f: f.name)
-def test_assembly(fmt, dtype):
-    from fp4compile.lowering.testing.ptx import emulate
-
-    every = np.arange(256, dtype=np.uint8)
-    low, high = emulate(float8_ptx(fmt, dtype), 2, [every.view(np.uint32)])
-    for codes, found in ((every & 15, low), (every >> 4, high)):
-        values = torch.from_numpy(found.view(np.uint8)).view(dtype).float().numpy()
-        assert np.array_equal(values, np.array(fmt.integer_values)[codes])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fp4compile.errors import CompileError
-from fp4compile.lowering.gpus import GPUS, gpu_by_name
+from fp4compile.lowering.gpus import GPUS, NVIDIA, gpu_by_name
 
 # In the PTX or, for AMD, machine code.
 INT8 = {
@@ -50,6 +53,32 @@ def test_bfloat16_tensor_cores(layer, name):
     assert BFLOAT16[name] in kernel.assembly
     assert kernel.local_memory == 0
     assert kernel.shared_memory <= GPUS[name].shared_memory
+
+
+# A loop's instructions that are needed whatever the weights are: memory, products, barriers and what
+# is computed once per warp. Moves and addresses count as decoding.
+NO_DECODING = re.compile(r"LD|ST|[A-Z]*MMA|[A-Z]*BAR|WARPGROUP|BRA|CALL|U[A-Z]")
+# Beside the table, as most of its GPUs have one more relative.
+ARCHITECTURES = {
+    **{name: gpu for name, gpu in GPUS.items() if gpu.vendor == NVIDIA},
+    "sm_86": replace(GPUS["sm_89"], name="sm_86", capability=86),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_decoding_takes_three_instructions_per_weight(layer, int8_operand, name):
+    from fp4compile.lowering.testing import compile_for
+
+    linear, inputs = layer(4096, 2048), (int8_operand(8, 2048), torch.rand(8, 1))
+    (graph,) = compile_for(linear, inputs, ARCHITECTURES[name], dynamic=True)
+    kernel = next(kernel for kernel in graph.kernels if "_tem_" in kernel.name)
+    sizes = dict(re.findall(r"(BLOCK_[NK]) : tl\.constexpr = (\d+)", graph.source))
+    weights = int(sizes["BLOCK_N"]) * int(sizes["BLOCK_K"]) / (32 * kernel.num_warps)
+    decoding = [count for name, count in kernel.loop.items() if not NO_DECODING.match(name)]
+    # A look-up takes four codes, so that fewer cannot be.
+    assert 1 < sum(decoding) / weights <= 2.5
+    assert kernel.loop.total() / weights <= 3.2
+    assert kernel.local_memory == 0
 
 
 def test_unknown_gpu():

@@ -7,35 +7,43 @@ import pytest
 import torch
 
 from fp4compile.formats import of_width
-from fp4compile.lowering.unpack import float16_ptx, int8_ptx, table
+from fp4compile.lowering.targets.triton_float8 import exact
+from fp4compile.lowering.unpack import float8_ptx, float16_ptx, int8_ptx, table
 
 FORMATS = pytest.mark.parametrize("fmt", of_width(4), ids=lambda fmt: fmt.name)
 BYTES = np.arange(256, dtype=np.uint8)
 
 
-def values(codes, fmt):
-    return np.array(fmt.integer_values)[codes]
+def emulated(assembly, registers):
+    """What the bytes 0 to 255 become, in the order of the registers that hold them."""
+    from fp4compile.lowering.testing.ptx import emulate
+
+    return np.stack(emulate(assembly, registers, [BYTES.view(np.uint32)]), axis=-1).flatten()
+
+
+def expected(fmt):
+    return np.array(fmt.integer_values)[np.stack((BYTES & 15, BYTES >> 4), axis=-1)].flatten()
 
 
 @FORMATS
 def test_int8_assembly(fmt):
-    from fp4compile.lowering.testing.ptx import emulate
+    assert np.array_equal(emulated(int8_ptx(fmt), 2).view(np.int8), expected(fmt))
 
-    low, high = emulate(int8_ptx(fmt), 2, [BYTES.view(np.uint32)])
-    assert np.array_equal(low.view(np.int8), values(BYTES & 15, fmt))
-    assert np.array_equal(high.view(np.int8), values(BYTES >> 4, fmt))
+
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_assembly(fmt, dtype):
+    if not exact(fmt.integer_values, dtype):
+        pytest.skip("values of the format are not those of the type")
+    found = torch.from_numpy(emulated(float8_ptx(fmt, dtype), 2).view(np.uint8)).view(dtype)
+    assert np.array_equal(found.float().numpy(), expected(fmt))
 
 
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_float_assembly(fmt, dtype):
-    from fp4compile.lowering.testing.ptx import emulate
-
-    words = emulate(float16_ptx(fmt, dtype), 4, [BYTES.view(np.uint32)])
-    for nibble, pair in ((BYTES & 15, words[:2]), (BYTES >> 4, words[2:])):
-        bits = np.stack(pair, axis=-1).view(np.int16).flatten()
-        found = torch.from_numpy(bits).view(dtype).float().numpy()
-        assert np.array_equal(found, values(nibble, fmt))
+def test_float16_assembly(fmt, dtype):
+    found = torch.from_numpy(emulated(float16_ptx(fmt, dtype), 4).view(np.int16)).view(dtype)
+    assert np.array_equal(found.float().numpy(), expected(fmt))
 
 
 @FORMATS
