@@ -11,7 +11,7 @@ BIN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench docs clean
+.PHONY: help venv demo test matrix lint bench docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,6 +23,9 @@ demo: $(STAMP) ## quantize SmolLM2-135M to FP4, compile it, compare (ARGS="--pre
 
 test: $(STAMP) ## run the test-suite (ARGS="-m 'not slow'")
 	$(BIN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+matrix: ## lowering tests on other versions (ARGS="2.13.0+cpu:3.9.0", torch:triton)
+	.ci/matrix $(ARGS)
 
 lint: $(STAMP) ## ruff, formatting and mypy
 	$(BIN) -m ruff check .

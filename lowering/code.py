@@ -18,14 +18,17 @@ _INPUTS = re.compile(r"^ *def call\(.*?\):\n\s+(.*?),? = args$", re.MULTILINE)
 # [buf = ][torch.ops.]name(arguments)
 _CALL = re.compile(r"^\s+(?:\w+ = )?([\w.]+)\((.*)\)$")
 _NAME = re.compile(r"\b\w+\b")
+# What a kernel computes, before its call: the operators of the user's graph.
+_ORIGINS = re.compile(r"^\s*# .*Original ATen: \[(.*)\]$")
+_GEMMS = ("fp4.linear", "fp4.linears")
 
 
 def calls_in(code: str) -> tuple[int, tuple[KernelCall, ...]]:
     """Number of inputs of the graph whose generated ``code`` this is, and its kernel calls.
 
-    A kernel of the templates tells in a comment what it is (a GPU's does not tell its epilogue);
-    another one is Inductor's own; an
-    fp4:: op that is called as it is runs the eager reference.
+    A kernel of the templates tells in a comment what it is; what is fused with a GPU's, Inductor's
+    comment before the call tells. Another kernel is Inductor's own; an fp4:: op that is called as
+    it is runs the eager reference.
     """
     inputs = _INPUTS.search(code)
     if inputs is None:
@@ -42,7 +45,10 @@ def calls_in(code: str) -> tuple[int, tuple[KernelCall, ...]]:
 def _calls(
     body: str, markers: dict[str, dict[str, Any]], positions: dict[str, int]
 ) -> Iterator[KernelCall]:
+    operations: list[str] = []
     for line in body.splitlines():
+        if origins := _ORIGINS.match(line):
+            operations = origins[1].split(", ")
         match = _CALL.match(line)
         if match is None:
             continue
@@ -51,10 +57,16 @@ def _calls(
         if function in markers:
             about = markers[function]
             kernel, problem = about.get("kernel", "inductor"), about.get("problem", "")
-            epilogue = tuple(about.get("epilogue", ()))
+            fused = about.get("epilogue", _beside_gemm(operations)) if about else ()
+            epilogue = tuple(fused)
         elif function.startswith("torch.ops.fp4."):
             kernel, problem, epilogue = REFERENCE, function.removeprefix("torch.ops."), ()
         else:
             continue
         used = (positions[name] for name in _NAME.findall(arguments) if name in positions)
         yield KernelCall(kernel, problem, epilogue, frozenset(used))
+
+
+def _beside_gemm(operations: list[str]) -> list[str]:
+    """As a C++ kernel's marker names its epilogue: without namespaces, sorted."""
+    return sorted(name.rpartition(".")[2] for name in operations if name and name not in _GEMMS)

@@ -21,13 +21,15 @@ def test_kernels_and_what_they_read(layer, int8_operand):
     linear, inputs = layer(70, 64), (int8_operand(5, 64), torch.rand(5, 1))
 
     def run(operand, scale):
-        return torch.nn.functional.silu(linear(operand, scale)).sum(-1)
+        activated = torch.nn.functional.silu(linear(operand, scale))
+        return activated, activated.sum(-1)
 
     (graph,) = compile_for(run, inputs, GPUS["sm_90"], dynamic=True)
     _, calls = calls_in(graph.source)
     (gemm,) = [call for call in calls if call.kernel == "triton_int8"]
     assert gemm.problem.startswith("linear N=70 K=64 int8")
     assert len(gemm.inputs) >= 4  # operand and its scale, codes and theirs
+    assert gemm.epilogue == ("silu",)
     assert {call.kernel for call in calls} == {"triton_int8", "inductor"}
 
 

@@ -55,7 +55,7 @@ def test_bfloat16_tensor_cores(layer, name):
     assert kernel.shared_memory <= GPUS[name].shared_memory
 
 
-# A loop's instructions that are needed whatever the weights are: memory, products, barriers and what
+# A loop's instructions that it needs whatever the weights are: memory, products, barriers and what
 # is computed once per warp. Moves and addresses count as decoding.
 NO_DECODING = re.compile(r"LD|ST|[A-Z]*MMA|[A-Z]*BAR|WARPGROUP|BRA|CALL|U[A-Z]")
 # Beside the table, as most of its GPUs have one more relative.
