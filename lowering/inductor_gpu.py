@@ -63,7 +63,9 @@ def gemm(
     its own are called ``packed_weight_1`` and so on.
     """
     rows = inputs["operand"].get_size()[0]
-    tile = target.tile(problem, int(V.graph.sizevars.optimization_hint(rows)))
+    expected_rows = int(V.graph.sizevars.optimization_hint(rows))
+    target = target.for_rows(expected_rows)
+    tile = target.tile(problem, expected_rows)
     device, size = inputs["operand"].get_device(), [rows, problem.N]
     if tile.split_k == 1:
         layout = ir.FixedLayout(device, problem.out_dtype, size)

@@ -26,15 +26,27 @@ _SELECT = 0xF0 & 0xCC | ~0xF0 & 0xAA & 0xFF  # a ? b : c
 _OR_MASKED = 0xF0 & 0xCC | 0xAA  # (a & b) | c
 
 
-def int8_ptx(fmt: FloatFormat) -> str:
-    """$2 four bytes; $0, $1 int8 values of the codes. 11 instructions in a loop."""
-    positive = fmt.integer_values[:HALF]
+# The two tables that a look-up takes, each as the two words of its eight bytes.
+Words = tuple[int, int, int, int]
+
+
+def int8_ptx(words: Words | None) -> str:
+    """$2 four bytes; $0, $1 int8 values of the codes. 11 instructions in a loop.
+
+    ``words``: of :func:`int8_words`. None: they are operands, each four times, from $3 on.
+    """
     lines = [
-        *_lookups("p", positive),
-        *_lookups("n", [-value for value in positive]),
+        *_lookups("p", words and words[:2], 3),
+        *_lookups("n", words and words[2:], 11),
         *(f"lop3.b32 ${i}, s{i}, n{i}, p{i}, {_SELECT:#x}" for i in (0, 1)),
     ]
     return _block("p n", lines, source="$2")
+
+
+def int8_words(fmt: FloatFormat) -> Words:
+    """The values of the magnitude codes, and the same negated."""
+    positive = fmt.integer_values[:HALF]
+    return *_words(positive), *_words([-value for value in positive])
 
 
 def float8_ptx(fmt: FloatFormat, dtype: torch.dtype) -> str:
@@ -42,25 +54,31 @@ def float8_ptx(fmt: FloatFormat, dtype: torch.dtype) -> str:
     values = torch.tensor(fmt.integer_values[:HALF], dtype=torch.float32)
     magnitudes = values.to(dtype).view(torch.uint8).tolist()
     lines = [
-        *_lookups("p", magnitudes),
+        *_lookups("p", _words(magnitudes)),
         *(f"lop3.b32 ${i}, s{i}, 0x80808080, p{i}, {_OR_MASKED:#x}" for i in (0, 1)),
     ]
     return _block("p", lines, source="$2")
 
 
-def float16_ptx(fmt: FloatFormat, dtype: torch.dtype) -> str:
+def float16_ptx(words: Words | None) -> str:
     """$4 four bytes; $0 to $3 values of the codes in a 16-bit float.
 
     A float is looked up as two bytes; the sign goes into the upper one. 15 instructions in a loop.
+    ``words``: of :func:`float16_words`. None: they are operands, each four times, from $5 on.
     """
-    values = torch.tensor(fmt.integer_values[:HALF]).to(dtype).view(torch.int16).tolist()
     lines = [
-        *_lookups("u", [value >> 8 for value in values]),
-        *_lookups("d", values),
+        *_lookups("u", words and words[:2], 5),
+        *_lookups("d", words and words[2:], 13),
         *(f"lop3.b32 u{i}, s{i}, 0x80808080, u{i}, {_OR_MASKED:#x}" for i in (0, 1)),
         *(f"prmt.b32 ${2 * i + j}, d{i}, u{i}, {_ZIP[j]}" for i in (0, 1) for j in (0, 1)),
     ]
     return _block("u d", lines, source="$4")
+
+
+def float16_words(fmt: FloatFormat, dtype: torch.dtype) -> Words:
+    """The upper bytes of the values of the magnitude codes, and the lower ones."""
+    values = torch.tensor(fmt.integer_values[:HALF]).to(dtype).view(torch.int16).tolist()
+    return *_words([value >> 8 for value in values]), *_words(values)
 
 
 def table(fmt: FloatFormat) -> int:
@@ -93,10 +111,20 @@ def _block(tables: str, lines: Sequence[str], source: str) -> str:
     return "{ " + "; ".join((registers, *shared, *lines)) + "; }"
 
 
-def _lookups(name: str, values: Sequence[int]) -> list[str]:
-    """``{name}0``, ``{name}1``: bytes of ``values`` that c0 and c1 select."""
-    low, high = struct.unpack("<2I", bytes(value & 255 for value in values))
-    return [
-        f"or.b32 {name}t, z, {low:#010x}",
-        *(f"prmt.b32 {name}{i}, {name}t, {high:#010x}, c{i}" for i in (0, 1)),
-    ]
+def _lookups(name: str, words: Sequence[int] | None, operand: int = 0) -> list[str]:
+    """``{name}0``, ``{name}1``: bytes that c0 and c1 select in two words of eight bytes.
+
+    Without ``words`` they are the operands ``operand`` and, four later, the next one.
+    """
+    if words is None:
+        lines, table = [], f"${operand}, ${operand + 4}"
+    else:
+        lines = [f"or.b32 {name}t, z, {words[0] & 0xFFFFFFFF:#010x}"]
+        table = f"{name}t, {words[1] & 0xFFFFFFFF:#010x}"
+    return lines + [f"prmt.b32 {name}{i}, {table}, c{i}" for i in (0, 1)]
+
+
+def _words(values: Sequence[int]) -> tuple[int, int]:
+    """Eight bytes as two int32."""
+    low, high = struct.unpack("<2i", bytes(value & 255 for value in values))
+    return low, high

@@ -9,7 +9,14 @@ import torch
 from fp4compile.formats import FloatFormat
 from fp4compile.lowering.problem import INT8, GemmProblem
 from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget, declines_architecture
-from fp4compile.lowering.unpack import float16_ptx, int8_ptx, table
+from fp4compile.lowering.unpack import (
+    Words,
+    float16_ptx,
+    float16_words,
+    int8_ptx,
+    int8_words,
+    table,
+)
 
 BLOCK_SIZES = (16, 32, 64, 128)
 # Products of int8 are summed 32 at a time.
@@ -30,20 +37,35 @@ def _parameters(problem: GemmProblem) -> dict[str, Any]:
     half = problem.operand_dtype == torch.float16
     float_type = torch.float16 if half else torch.bfloat16
 
-    def ptx(fmt: FloatFormat) -> str:
-        return int8_ptx(fmt) if integers else float16_ptx(fmt, float_type)
+    def words(fmt: FloatFormat) -> Words:
+        return int8_words(fmt) if integers else float16_words(fmt, float_type)
 
-    return {
-        "PTX": ptx(first),
-        "TABLE": table(first),
-        "SECOND_PTX": ptx(second[0]) if second else "",
-        "SECOND_TABLE": table(second[0]) if second else 0,
-        "CONSTRAINTS": "=r,=r,r" if integers else "=r,=r,=r,=r,r",
+    ptx = int8_ptx if integers else float16_ptx
+    registers = 2 if integers else 4
+    parameters = {
         "VALUE_TYPE": "tl.int8" if integers else "tl.float16" if half else "tl.bfloat16",
         "SUM_TYPE": "tl.int32" if integers else "tl.float32",
         # An int8 is exact in one bfloat16.
         "WIDEN": problem.route == INT8 and not integers,
         "PARTS": 3 if problem.operand_dtype == torch.float32 else 1,
+        "SECOND_TABLE": 0,
+    }
+    if not second:
+        return parameters | {
+            "PTX": ptx(words(first)),
+            "CONSTRAINTS": ",".join(registers * ["=r"] + ["r"]),
+            "TABLE": table(first),
+        }
+    return parameters | {
+        "PTX": ptx(None),
+        # Four elements of a byte each are one register, four of a word four.
+        "CONSTRAINTS": ",".join(registers * ["=r"] + ["r"] + 16 * ["r"]),
+        "WORDS": ", word0, word1, word2, word3",
+        "TABLE": "table",
+        "FIRST_WORDS": words(first),
+        "SECOND_WORDS": words(second[0]),
+        "FIRST_TABLE": table(first),
+        "SECOND_TABLE": table(second[0]),
     }
 
 

@@ -13,7 +13,7 @@ from fp4compile.lowering.targets.triton_gemm import (
     declines_architecture,
     splits,
 )
-from fp4compile.lowering.unpack import float16_ptx, table
+from fp4compile.lowering.unpack import float16_ptx, float16_words, table
 
 
 def _declines(problem: GemmProblem) -> str | None:
@@ -27,8 +27,9 @@ def _declines(problem: GemmProblem) -> str | None:
 def float_parameters(problem: GemmProblem) -> dict[str, Any]:
     """All integer values of 4 bits are exact in both 16-bit types; float32 is three bfloat16."""
     half = problem.operand_dtype == torch.float16
+    words = float16_words(problem.format, torch.float16 if half else torch.bfloat16)
     return {
-        "PTX": float16_ptx(problem.format, torch.float16 if half else torch.bfloat16),
+        "PTX": float16_ptx(words),
         "CONSTRAINTS": "=r,=r,=r,=r,r",
         "TABLE": table(problem.format),
         "VALUE_TYPE": "tl.float16" if half else "tl.bfloat16",

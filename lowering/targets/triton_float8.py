@@ -1,4 +1,8 @@
-"""fp8 tensor cores: activations of E4M3 or E5M2, E2M1 and E1M2 weights, float32 sums."""
+"""fp8 tensor cores: activations of E4M3 or E5M2, E2M1 and E1M2 weights, float32 sums.
+
+Few rows are bfloat16 products: there every program would turn all of the operand into 8 bits for
+its few columns, and sm_90 multiplies 8-bit floats 64 rows at a time only.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import torch
 
 from fp4compile.formats import by_name
 from fp4compile.lowering.problem import GemmProblem
-from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget, capability, splits
+from fp4compile.lowering.targets import triton_float
+from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget, capability
 from fp4compile.lowering.unpack import float8_ptx, table
 
 FIRST_CAPABILITY = 89
@@ -76,12 +81,16 @@ def _parameters(problem: GemmProblem) -> dict[str, Any]:
 
 
 def _tile(problem: GemmProblem, rows: int) -> Tile:
-    if rows <= 16:
-        split = splits(problem, 32, 128)
-        return Tile(16, 32, 128, num_warps=4, num_stages=4, split_k=split)
     if rows <= 64:
         return Tile(64, 64, 128, num_warps=4, num_stages=3)
     return Tile(128, 128, 64, num_warps=8, num_stages=3)
 
 
-TARGET = TritonTarget("triton_float8", "triton_gemm", _declines, _parameters, _tile)
+TARGET = TritonTarget(
+    "triton_float8",
+    "triton_gemm",
+    _declines,
+    _parameters,
+    _tile,
+    few_rows=triton_float.TARGET,
+)

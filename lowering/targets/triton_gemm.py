@@ -13,6 +13,8 @@ from fp4compile.lowering.targets.template import text
 MULTIPROCESSORS = 128
 FIRST_CAPABILITY = 80
 AMD_TRIED = ("gfx942", "gfx950")
+# A step of decoding: what is read of the weight decides the time.
+FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Tile:
 @dataclass(frozen=True)
 class TritonTarget:
     """A Triton kernel family. ``body`` names the text of its sum over K; ``declines`` gives its own
-    reasons; ``parameters`` what the text takes beside the problem; ``tile`` the tile for M rows.
+    reasons; ``parameters`` what the text takes beside the problem; ``tile`` the tile for M rows;
+    ``few_rows`` the family that serves its problems up to FEW_ROWS rows.
     """
 
     name: str
@@ -42,6 +45,11 @@ class TritonTarget:
     # Which of operand_outer and operand_shift its text reads.
     reads: Callable[[GemmProblem], tuple[str, ...]] = lambda problem: ()
     bits: tuple[int, ...] = (4,)
+    few_rows: TritonTarget | None = None
+
+    def for_rows(self, rows: int) -> TritonTarget:
+        """The family whose kernel computes ``rows`` rows."""
+        return self.few_rows if self.few_rows and rows <= FEW_ROWS else self
 
     def supports(self, problem: GemmProblem) -> str | None:
         """None, or the reason for declining ``problem``."""
@@ -67,6 +75,7 @@ class TritonTarget:
             "OPERAND_FACTOR": 1.0,
             "UNIT": 1.0,
             "DOT_OPTIONS": "",
+            "WORDS": "",
             **self.parameters(problem),
         }
         settings = [f"{{%- set {name} = {value!r} %}}" for name, value in parameters.items()]

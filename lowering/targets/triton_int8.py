@@ -11,7 +11,7 @@ from fp4compile.lowering.targets.triton_gemm import (
     declines_architecture,
     splits,
 )
-from fp4compile.lowering.unpack import int8_ptx, table
+from fp4compile.lowering.unpack import int8_ptx, int8_words, table
 
 
 def _declines(problem: GemmProblem) -> str | None:
@@ -24,7 +24,7 @@ def _declines(problem: GemmProblem) -> str | None:
 
 def _parameters(problem: GemmProblem) -> dict[str, Any]:
     return {
-        "PTX": int8_ptx(problem.format),
+        "PTX": int8_ptx(int8_words(problem.format)),
         "CONSTRAINTS": "=r,=r,r",
         "TABLE": table(problem.format),
         "VALUE_TYPE": "tl.int8",

@@ -74,26 +74,18 @@ def inline_asm_elementwise(
 ) -> Any:
     """Triton's function of that name, for tensors of the interpreter."""
     outputs = constraints.count("=")
-    words = [_words(arg.handle.data, pack) for arg in args]
-    registers = emulate(asm, outputs, words)
-    dtypes = dtype if isinstance(dtype, (tuple, list)) else (dtype,)
-    each = outputs // len(dtypes)
     shape = args[0].shape
-    tensors = [
-        _tensor(registers[i * each : (i + 1) * each], kind, shape) for i, kind in enumerate(dtypes)
-    ]
-    return tuple(tensors) if isinstance(dtype, (tuple, list)) else tensors[0]
-
-
-def _words(data: NDArray[Any], pack: int) -> Words:
-    assert data.itemsize * pack == 4, "one register of packed elements per argument"
-    return np.ascontiguousarray(data).reshape(-1, pack).view(np.uint32)[:, 0]
+    words = [word for arg in args for word in _words(arg.handle.data, shape, pack)]
+    data = np.stack(emulate(asm, outputs, words), axis=-1).view(_STORED[dtype])
+    sizes = [int(size) for size in shape]
+    return tl.tensor(TensorHandle(data.reshape(sizes), dtype), tl.block_type(dtype, sizes))
 
 
 _STORED = {tl.int16: np.int16, tl.int32: np.int32}
 
 
-def _tensor(registers: Sequence[Words], dtype: Any, shape: Any) -> Any:
-    data = np.stack(registers, axis=-1).view(_STORED[dtype])
-    sizes = [int(size) for size in shape]
-    return tl.tensor(TensorHandle(data.reshape(sizes), dtype), tl.block_type(dtype, sizes))
+def _words(data: NDArray[Any], shape: Any, pack: int) -> list[Words]:
+    """The registers of an argument: one of ``pack`` bytes, or ``pack`` of a word each."""
+    data = np.broadcast_to(data, [int(size) for size in shape])
+    packed = np.ascontiguousarray(data).reshape(-1, pack).view(np.uint32)
+    return list(packed.T)

@@ -47,16 +47,23 @@ def operand(format, *shape):
 
 
 @pytest.mark.parametrize(
-    ("name", "format", "M"), [("sm_90", "e4m3", 20), ("sm_89", "e5m2", 3), ("sm_120", "e4m3", 9)]
+    ("name", "format", "M", "kernel"),
+    [
+        ("sm_90", "e4m3", 20, "triton_float8"),
+        ("sm_89", "e5m2", 17, "triton_float8"),
+        ("sm_90", "e5m2", 3, "triton_float"),
+        ("sm_120", "e4m3", 16, "triton_float"),
+    ],
 )
-def test_products_are_those_of_the_eager_op(name, format, M):
-    from fp4compile.lowering.testing import interpret
+def test_products_are_those_of_the_eager_op(name, format, M, kernel):
+    from fp4compile.lowering.testing import interpret_with_sources
 
     layer, inputs = Layer(70, 200, format), (operand(format, M, 200), torch.rand(M, 1))
     expected = layer(*inputs)
-    result = interpret(layer, inputs, GPUS[name], dynamic=True)
+    result, (source,) = interpret_with_sources(layer, inputs, GPUS[name], dynamic=True)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
     assert {choice.target for choice in SEEN} == {"triton_float8"}
+    assert f'"kernel": "{kernel}"' in source
 
 
 @pytest.mark.parametrize("format", ["e4m3", pytest.param("e5m2", marks=pytest.mark.slow)])

@@ -8,17 +8,27 @@ import torch
 
 from fp4compile.formats import of_width
 from fp4compile.lowering.targets.triton_float8 import exact
-from fp4compile.lowering.unpack import float8_ptx, float16_ptx, int8_ptx, table
+from fp4compile.lowering.unpack import (
+    float8_ptx,
+    float16_ptx,
+    float16_words,
+    int8_ptx,
+    int8_words,
+    table,
+)
 
 FORMATS = pytest.mark.parametrize("fmt", of_width(4), ids=lambda fmt: fmt.name)
 BYTES = np.arange(256, dtype=np.uint8)
 
 
-def emulated(assembly, registers):
+def emulated(assembly, registers, words=()):
     """What the bytes 0 to 255 become, in the order of the registers that hold them."""
     from fp4compile.lowering.testing.ptx import emulate
 
-    return np.stack(emulate(assembly, registers, [BYTES.view(np.uint32)]), axis=-1).flatten()
+    packed = BYTES.view(np.uint32)
+    # As tl.inline_asm_elementwise hands a word on for each of the four bytes.
+    tables = [np.full_like(packed, word & 0xFFFFFFFF) for word in words for _ in range(4)]
+    return np.stack(emulate(assembly, registers, [packed, *tables]), axis=-1).flatten()
 
 
 def expected(fmt):
@@ -27,7 +37,15 @@ def expected(fmt):
 
 @FORMATS
 def test_int8_assembly(fmt):
-    assert np.array_equal(emulated(int8_ptx(fmt), 2).view(np.int8), expected(fmt))
+    assert np.array_equal(emulated(int8_ptx(int8_words(fmt)), 2).view(np.int8), expected(fmt))
+
+
+@FORMATS
+def test_tables_may_be_operands(fmt):
+    found = emulated(int8_ptx(None), 2, int8_words(fmt)).view(np.int8)
+    assert np.array_equal(found, expected(fmt))
+    bits = emulated(float16_ptx(None), 4, float16_words(fmt, torch.float16)).view(np.float16)
+    assert np.array_equal(bits, expected(fmt))
 
 
 @FORMATS
@@ -42,7 +60,9 @@ def test_float8_assembly(fmt, dtype):
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float16_assembly(fmt, dtype):
-    found = torch.from_numpy(emulated(float16_ptx(fmt, dtype), 4).view(np.int16)).view(dtype)
+    found = torch.from_numpy(
+        emulated(float16_ptx(float16_words(fmt, dtype)), 4).view(np.int16)
+    ).view(dtype)
     assert np.array_equal(found.float().numpy(), expected(fmt))
 
 
