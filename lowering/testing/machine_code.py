@@ -85,13 +85,15 @@ class MachineCode:
     @cached_property
     def loop(self) -> Counter[str]:
         """As :attr:`instructions`, of the longest loop in SASS: between a branch and its target."""
-        lines = [(int(at, 16), *rest) for at, *rest in _SASS.findall(self.disassembly)]
+        found = _SASS.findall(self.disassembly)
+        lines = [(int(at, 16), name, operands) for at, name, operands in found]
         loops = [
             [name for at, name, _ in lines if int(target[1], 16) <= at <= end]
             for end, branch, operands in lines
             if branch == "BRA" and (target := _BRANCH_TARGET.search(operands))
         ]
-        return Counter(max(loops, key=len))
+        longest = max(loops, key=len)
+        return Counter(longest)
 
     def _cuobjdump(self, option: str) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
