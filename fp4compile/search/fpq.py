@@ -111,7 +111,7 @@ def _movable_shifts(
     """Shifts to try in the weights."""
     assert problem.spec.activation is not None
     yield balancing_shift(problem, tokens)
-    yield equalizing_shift(tokens)
+    yield equalizing_shift(problem, tokens)
     widest = widest_shift(tokens, objective, problem.spec.activation)
     if widest is not None:
         yield widest
