@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bench.families import first_output
+from bench.family_checks import first_output
 from fp4compile.formats import by_name
 from fp4compile.numerics import scale_for_max
 from fp4compile.passes import PASSES, Rewrite
