@@ -53,7 +53,9 @@ def next_on_path(node: fx.Node) -> tuple[fx.Node, ...]:
     if node.target in PASS_THROUGH | VIEWS | SPLITS | _HOMOGENEOUS | {operator.getitem}:
         return _nodes(node.args[:1])
     if node.target in ATTENTION:
-        return _nodes([node.args[ATTENTION[node.target]]])
+        operands = _nodes(node.args[:2])
+        matrices = all(operand.meta["val"].dim() > 1 for operand in operands)
+        return _nodes([node.args[ATTENTION[node.target]]]) if matrices else ()
     if node.target is aten.mul.Tensor:
         same = [
             argument

@@ -48,10 +48,10 @@ def _shift_of(rewrite: Rewrite, sites: Sequence[Site]) -> Tensor | str:
         return "a weight in high precision reads the activation too"
     activations = [rewrite.qparams[site.name].activation for site in sites]
     shifts = [None if found is None else found.exponent_shift for found in activations]
-    first = shifts[0]
-    if first is None:
+    if all(shift is None for shift in shifts):
         return "no shifts"
-    if any(other is None or not torch.equal(first, other) for other in shifts):
+    first = shifts[0]
+    if first is None or any(s is None or not torch.equal(first, s) for s in shifts):
         return "weights that read the activation have different shifts"  # a recipe's overrides
     return first
 
@@ -81,12 +81,12 @@ def _fold(rewrite: Rewrite, group: Group, producer: Producer, shift: Tensor) -> 
         rewrite,
         parameters=parameters,
         row_shifts=row_shifts,
-        qparams={**rewrite.qparams, **{name: _without_shift(rewrite, name) for name in sites}},
+        qparams={**rewrite.qparams, **{name: _taken_up(rewrite, name) for name in sites}},
         folded={**rewrite.folded, key: (*rewrite.folded.get(key, ()), *sites)},
     )
 
 
-def _without_shift(rewrite: Rewrite, name: str) -> SiteQParams:
+def _taken_up(rewrite: Rewrite, name: str) -> SiteQParams:
     decision = rewrite.qparams[name]
     assert decision.activation is not None
     return replace(decision, activation=replace(decision.activation, shift_folded=True))
