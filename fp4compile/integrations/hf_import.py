@@ -162,9 +162,7 @@ def _check_complete(
             f"{len(weights)} became FP4"
         )
     if kept:
-        logger.warning(
-            "%d weights of %s stay in high precision: %s", len(kept), name, _named(kept)
-        )
+        logger.warning("%d weights of %s stay in high precision: %s", len(kept), name, _named(kept))
 
 
 def _named(kept: dict[str, str]) -> str:

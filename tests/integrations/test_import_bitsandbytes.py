@@ -36,7 +36,11 @@ def stored(codes: Tensor, maxima: Tensor, size: int = SIZE, **nested: Any) -> di
     about = {"quant_type": "fp4", "blocksize": size, "dtype": "bfloat16", "shape": [*codes.shape]}
     tensors = {"packed": (flat[:, :1] << 4 | flat[:, 1:]), "absmax": maxima, "quant_map": VALUES}
     if nested:
-        about |= {"nested_blocksize": 2, "nested_dtype": "float32", "nested_offset": nested["offset"]}
+        about |= {
+            "nested_blocksize": 2,
+            "nested_dtype": "float32",
+            "nested_offset": nested["offset"],
+        }
         tensors |= {"nested_absmax": nested["absmax"], "nested_quant_map": nested["quant_map"]}
     return tensors | {"state": torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)}
 
