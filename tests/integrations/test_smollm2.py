@@ -65,7 +65,7 @@ def first_layers(smollm2: Any) -> Any:
 
 def prompts(ids: torch.Tensor, batch: int, length: int) -> dict[str, torch.Tensor]:
     """Pieces of the text, each a token further."""
-    pieces = ids[0].unfold(0, length, 1)[:batch]
+    pieces = ids[0].unfold(0, length, 1)[:batch].contiguous()
     return {"input_ids": pieces, "attention_mask": torch.ones_like(pieces)}
 
 
