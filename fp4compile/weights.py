@@ -19,10 +19,12 @@ from fp4compile.qparams import ActivationQParams, WeightQParams
 ROWS = 8192
 
 
-def row_parts(weight: Tensor, qparams: WeightQParams) -> Iterator[tuple[Tensor, WeightQParams]]:
-    """``weight`` ``[N, K]`` and its qparams, :data:`ROWS` rows at a time."""
-    for start in range(0, len(weight), ROWS):
-        rows = slice(start, start + ROWS)
+def row_parts(
+    weight: Tensor, qparams: WeightQParams, size: int = ROWS
+) -> Iterator[tuple[Tensor, WeightQParams]]:
+    """``weight`` ``[N, K]`` and its qparams, ``size`` rows at a time."""
+    for start in range(0, len(weight), size):
+        rows = slice(start, start + size)
         yield (
             weight[rows],
             replace(

@@ -29,13 +29,13 @@ LARGEST_SHIFT = 7
 OCTAVES_BELOW = 6.0
 # Finer formats can afford to clip nothing of larger tokens than calibration saw.
 OCTAVES_ABOVE = {4: 0, 6: 2, 8: 4}
-STEPS_PER_OCTAVE = {4: 16, 6: 4, 8: 2}
+STEPS_PER_OCTAVE = {4: 8, 6: 4, 8: 2}
 TOKEN_CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 EXACT_CANDIDATES = 4
 # Then the best clipping is refined by these exponents.
 REFINEMENTS = (1 / 16, 1 / 32)
 # Fine formats have many cells to look up, and small errors that few tokens tell.
-TABLE_TOKENS = {4: 4096, 6: 2048, 8: 1024}
+TABLE_TOKENS = {4: 2048, 6: 2048, 8: 1024}
 RANKING_TOKENS = 512
 EXACT_TOKENS = 1024
 

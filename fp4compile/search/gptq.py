@@ -17,7 +17,7 @@ from fp4compile.formats import FloatFormat, alternatives
 from fp4compile.numerics import round_steps
 from fp4compile.qparams import WeightQParams
 from fp4compile.search.weight import OutputError
-from fp4compile.weights import channel_scales, dequantized, row_parts, steps_to_packed
+from fp4compile.weights import ROWS, channel_scales, dequantized, row_parts, steps_to_packed
 
 # Of the mean diagonal, added to the diagonal of the moment (the paper's value).
 DAMPING = 0.01
@@ -51,27 +51,25 @@ class Compensation:
         return replace(qparams, packed=torch.cat(parts))
 
     def rescaled(self, weight: Tensor, qparams: WeightQParams) -> WeightQParams:
-        """:meth:`rounded`, every row with the best of :data:`SCALE_FACTORS` times its scale."""
-        error_of = OutputError.of_inputs(self.moment).rows_of(weight)
-        best = self.rounded(weight, qparams)
-        least = error_of(dequantized(weight, best))
-        for factor in SCALE_FACTORS[1:]:
-            other = self.rounded(weight, replace(qparams, scale=qparams.scale * factor))
-            error = error_of(dequantized(weight, other))
-            best = _rows_of(other, best, error < least)
-            least = torch.minimum(error, least)
-        return best
+        """:meth:`rounded`, every row with the best of :data:`SCALE_FACTORS` times its scale, which
+        is per output channel.
+        """
+        size = ROWS // len(SCALE_FACTORS)
+        parts = [self._best_scaled(*part) for part in row_parts(weight, qparams, size)]
+        scale = torch.cat([part.scale for part in parts])
+        packed = torch.cat([part.packed for part in parts if part.packed is not None])
+        return replace(qparams, scale=scale, packed=packed)
 
-
-def _rows_of(left: WeightQParams, right: WeightQParams, rows: Tensor) -> WeightQParams:
-    """``right``, but with the ``rows`` ``[N]`` of ``left``."""
-    assert left.packed is not None
-    assert right.packed is not None
-    return replace(
-        right,
-        scale=torch.where(rows, left.scale, right.scale),
-        packed=torch.where(rows[:, None], left.packed, right.packed),
-    )
+    def _best_scaled(self, weight: Tensor, qparams: WeightQParams) -> WeightQParams:
+        """All scales at once: columns are rounded one by one, so the more rows, the better."""
+        scales = torch.cat([qparams.scale * factor for factor in SCALE_FACTORS])
+        copies = weight.repeat(len(SCALE_FACTORS), 1)
+        tried = self.rounded(copies, replace(qparams, scale=scales))
+        assert tried.packed is not None
+        errors = OutputError.of_inputs(self.moment).rows(dequantized(copies, tried), copies)
+        best = errors.view(len(SCALE_FACTORS), -1).argmin(dim=0)
+        chosen = best * len(weight) + torch.arange(len(weight))
+        return replace(tried, scale=scales[chosen], packed=tried.packed[chosen])
 
 
 def _elimination(moment: Tensor) -> tuple[Tensor, Tensor]:
