@@ -175,6 +175,7 @@ VARIANTS = {
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
     "beams": {"num_beams": 2, "do_sample": False},
     "static-cache": {"cache_implementation": "static", "do_sample": False},
+    "dynamic-cache": {"cache_implementation": "dynamic", "do_sample": False},
 }
 
 
