@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 import fp4compile
+from bench.family_checks import Batch, is_one_graph, relative_error, reloads
 from bench.plain_models import PLAIN
 from fp4compile.compile import uncompiled
 from fp4compile.qparams import SiteQParams
@@ -52,8 +52,6 @@ SEQ2SEQ = {
     **TOKENS,
 }
 
-Batch = dict[str, Tensor]
-
 
 @dataclass(frozen=True)
 class Family:
@@ -72,7 +70,9 @@ class Family:
 
 @dataclass(frozen=True)
 class FamilyResult:
-    """``error``: squared difference of the first output over its square, at w8a8 min-max."""
+    """``error``: squared difference of the first output over its square, at w8a8 min-max;
+    ``one_graph``: with ``torch.compile(fullgraph=True)``; ``reloaded``: to the bit.
+    """
 
     name: str
     kind: str
@@ -81,6 +81,8 @@ class FamilyResult:
     kept: tuple[str, ...]
     error: float
     generated: bool | None
+    reloaded: bool
+    one_graph: bool = False
 
     @property
     def kept_names(self) -> frozenset[str]:
@@ -148,6 +150,12 @@ def _lora() -> nn.Module:
     # Without init_lora_weights=False the adapters would compute zero.
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model: nn.Module = get_peft_model(base, config)
+    return model
+
+
+def _merged_lora() -> nn.Module:
+    adapted: Any = _lora()
+    model: nn.Module = adapted.merge_and_unload()
     return model
 
 
@@ -247,6 +255,7 @@ FAMILIES: dict[str, Family] = {
     "Llama with LoRA (peft)": Family(
         _lora, _text, "language model", kept=frozenset({"weight"}), ignore=("*.lora_*",)
     ),
+    "Llama with merged LoRA": Family(_merged_lora, _text, "language model", generates=True),
     **{
         name: Family(model.build, model.batch, "plain PyTorch", kept=frozenset(model.kept))
         for name, model in PLAIN.items()
@@ -258,7 +267,7 @@ def run(names: Sequence[str]) -> Iterator[FamilyResult]:
     """Quantize and call every family."""
     logging.getLogger("fp4compile").setLevel(logging.ERROR)
     for name in names:
-        yield replace(check(name), folded=count_folds(name))
+        yield replace(check(name), folded=count_folds(name), one_graph=compiles_whole(name))
 
 
 def check(name: str) -> FamilyResult:
@@ -274,7 +283,15 @@ def check(name: str) -> FamilyResult:
         tuple(f"{parameter}: {why}" for parameter, why in report.skipped.items()),
         relative_error(model, reference, family.batch(9)),
         _generates(model, family.batch(9)) if family.generates else None,
+        reloads(uncompiled(model), uncompiled(reference), family.batch(9)),
     )
+
+
+def compiles_whole(name: str) -> bool:
+    """Whether the quantized model is one graph to ``torch.compile``."""
+    model = _built(FAMILIES[name])
+    _quantize(model, FAMILIES[name], "w8a8", method="minmax")
+    return is_one_graph(uncompiled(model), FAMILIES[name].batch(9))
 
 
 def count_folds(name: str) -> int:
@@ -313,20 +330,6 @@ def _quantize(model: Any, family: Family, spec: str, **options: Any) -> Any:
     return model.fp4_report
 
 
-def relative_error(model: nn.Module, reference: nn.Module, batch: Batch) -> float:
-    """Squared difference of the first outputs over the reference's square."""
-    with torch.no_grad():
-        got, expected = (first_output(each(**batch)) for each in (model, reference))
-    return float((got - expected).square().sum() / expected.square().sum())
-
-
-def first_output(output: Any) -> Tensor:
-    """The first tensor that a model returns."""
-    leaves = pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
-    found: Tensor = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    return found
-
-
 def _generates(model: Any, batch: Batch) -> bool:
     """Three tokens, prefill and decode."""
     prompt = {"input_ids": batch["input_ids"][:2, :4]}
@@ -341,15 +344,19 @@ BEGIN, END = "<!-- families -->", "<!-- end of families -->"
 def table(results: Sequence[FamilyResult]) -> str:
     """Markdown."""
     lines = [
-        "| family | kind | quantized | can fold | in high precision | error | generate |",
-        "|---|---|---|---|---|---|---|",
+        "| family | kind | quantized | can fold | in high precision | error | one graph | generate "
+        "| save, load |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         kept = "; ".join(sorted({_short(reason) for reason in result.kept})) or "nothing"
-        generated = {None: "", True: "yes", False: "no"}[result.generated]
+        graph, generated, reloaded = (
+            {None: "", True: "yes", False: "no"}[each]
+            for each in (result.one_graph, result.generated, result.reloaded)
+        )
         lines.append(
             f"| {result.name} | {result.kind} | {result.quantized} | {result.folded} | {kept} "
-            f"| {result.error:.4f} | {generated} |"
+            f"| {result.error:.4f} | {graph} | {generated} | {reloaded} |"
         )
     return "\n".join(lines)
 

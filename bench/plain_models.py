@@ -81,6 +81,25 @@ class PatchEmbedding(nn.Module):
         return self.head(F.gelu(self.local(x)).mean(dim=-1))
 
 
+class Block(nn.Module):
+    """A block in the style of timm: one projection taken apart by unbind, scaled residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(CHANNELS), nn.LayerNorm(CHANNELS)
+        self.qkv, self.proj = nn.Linear(CHANNELS, 3 * CHANNELS), nn.Linear(CHANNELS, CHANNELS)
+        self.fc1, self.fc2 = nn.Linear(CHANNELS, HIDDEN), nn.Linear(HIDDEN, CHANNELS)
+        self.gamma1, self.gamma2 = (nn.Parameter(torch.rand(CHANNELS)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, channels = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(batch, length, 3, HEADS, channels // HEADS)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + self.gamma1 * self.proj(y)
+        return x + self.gamma2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
 def _images(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {"x": torch.randn(4, 3, 18, 17, generator=generator)}
@@ -122,6 +141,7 @@ PLAIN: dict[str, PlainModel] = {
     "weights without modules": PlainModel(Functional, _features("x")),
     "a layer called twice": PlainModel(Shared, _features("x"), ("weight",)),
     "parametrized weights": PlainModel(Parametrized, _features("x"), ("original0", "original1")),
+    "a block as in timm": PlainModel(Block, _features("x")),
     "convolutions": PlainModel(PatchEmbedding, _images, ("weight",)),
     "under torch.compile": PlainModel(_compiled, _features("src")),
 }

@@ -49,9 +49,13 @@ def _system(machine: Machine) -> list[Check]:
     caches = ", ".join(f"{level} {size}" for level, size in machine.caches.items())
     return [
         Check("system", f"{machine.system}, Python {machine.python}"),
-        Check("cpu", f"{machine.cpu}, {machine.cores} cores{caches and f'; {caches}'}"),
+        Check("cpu", f"{machine.cpu}, {_cores(machine)}{caches and f'; {caches}'}"),
         Check("gpu", ", ".join(machine.gpus) or "none"),
     ]
+
+
+def _cores(machine: Machine) -> str:
+    return "1 core" if machine.cores == 1 else f"{machine.cores} cores"
 
 
 def _instructions(machine: Machine) -> list[Check]:
@@ -64,7 +68,7 @@ def _instructions(machine: Machine) -> list[Check]:
 
 
 def _threads(machine: Machine) -> list[Check]:
-    found = f"{machine.threads} of {machine.cores} cores"
+    found = f"{machine.threads} of {_cores(machine)}"
     if machine.threads == machine.cores:
         return [Check("threads", found)]
     if machine.threads > machine.cores:

@@ -19,6 +19,7 @@ from fp4compile.hidden_states import HiddenStates
 from fp4compile.memory import MemoryPlan, plan_memory
 from fp4compile.observers import watch
 from fp4compile.passes.plan import oriented
+from fp4compile.passes.producers import channel_ties
 from fp4compile.passes.swap_weights import fp4_weight
 from fp4compile.progress import Progress
 from fp4compile.qparams import QuantSpec, SiteQParams, Statistics
@@ -197,6 +198,7 @@ def _decide_group(
         frozenset(s.name for s in group.sites if is_head(s, *weights[s.name].shape[-2:])),
         {site.name: decided[site.name].weight for site in group.sites if site.name in decided},
         run.search,
+        channel_ties(run.model, run.graph, group) if run.search.tie_shifts else None,
     )
     if group.offsets is not None:
         return search_experts(run.method, problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
@@ -24,6 +25,8 @@ class SiteReport:
     tokens, ``minmax_error`` what min-max in the standard format of the width would give; of an
     embedding alone, that of its rows. ``bias``: whether the linear adds one; None if there is none.
     ``unreached_experts``: those of a stack that calibration brought no token.
+    ``shift_fused_because``: why the kernel that rounds the activation multiplies with its exponent
+    shifts, if no producer took them.
     """
 
     name: str
@@ -39,6 +42,7 @@ class SiteReport:
     bytes: int
     bias: bool | None
     unreached_experts: tuple[int, ...] = ()
+    shift_fused_because: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,12 @@ class Report:
             "they were quantized by their weights alone"
             for site in self.sites
             if site.unreached_experts
+        ]
+        reasons = Counter(site.shift_fused_because for site in self.sites)
+        lines += [
+            f"exponent shifts at {count} weights multiply as the activation is rounded: {why}"
+            for why, count in reasons.items()
+            if why is not None
         ]
         lines += [f"in high precision: {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
@@ -173,6 +183,7 @@ def _site_report(rewrite: Rewrite, site: Site, producer: str | None) -> SiteRepo
         rotation=1 if activation is None else activation.rotation,
         shifted_channels=0 if shift is None else int((shift != 0).sum()),
         shift_folded_into=producer,
+        shift_fused_because=None if shift is None else rewrite.unfolded.get(site.name),
         error=decision.error,
         minmax_error=decision.minmax_error,
         bytes=tensor.stored_bytes,

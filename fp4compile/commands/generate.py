@@ -68,7 +68,9 @@ def command(
     text, count = _generate(loaded, encoded, sampling, seed, stream=not quiet)
     seconds = time.perf_counter() - start
     result = {"prompt": prompt, "text": text, "new_tokens": count, "seconds": seconds}
-    emit(result, Text(f"\n{count} tokens, {count / seconds:.1f} per second", "dim"), json_path)
+    how = "" if compile_it else ", without --compile"
+    said = f"\n{count} tokens, {count / seconds:.1f} per second{how}"
+    emit(result, Text(said, "dim"), json_path)
 
 
 def chat(

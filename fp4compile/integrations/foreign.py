@@ -1,7 +1,8 @@
 """FP4 weights of other programs' checkpoints, as ours: codes and block scales bit for bit.
 
-All of these hold E2M1 codes, low nibble first as ours, with a scale per block along K (see
-``compressed_tensors.py``). What ours cannot hold exactly is refused.
+NVFP4 and MXFP4 hold E2M1 codes, low nibble first as ours, with a scale per block along K (see
+``compressed_tensors.py``). What ours cannot hold exactly is refused; weights of bitsandbytes are
+then kept in high precision, since hardly any of its checkpoints has only others.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fp4compile.errors import InterchangeError
+from fp4compile.integrations import bitsandbytes
 from fp4compile.integrations.compressed_tensors import E8M0_BIAS, STEP
 from fp4compile.tensor import FP4Tensor
 
@@ -28,7 +30,8 @@ class ForeignFormat:
     """``tensors``: pattern at the end of a tensor's name -> the part of a weight that it is;
     ``target``: what stands in a parameter's name instead. ``parts`` gives the arguments of an
     :class:`FP4Tensor` but for those that all formats share; ``transposed``: the parameter is
-    ``[..., K, N]`` where the codes are ``[..., N, K / 2]``.
+    ``[..., K, N]`` where the codes are ``[..., N, K / 2]``. ``plain`` gives what a weight means
+    that ``parts`` refuses; without it, the checkpoint is refused.
     """
 
     tensors: Mapping[str, str]
@@ -36,6 +39,7 @@ class ForeignFormat:
     block_size: int
     parts: Callable[[Mapping[str, Tensor]], dict[str, Any]]
     transposed: bool = False
+    plain: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
 
 def foreign_weight(
@@ -56,9 +60,8 @@ def foreign_weight(
     except InterchangeError as error:
         raise InterchangeError(f"{name}: {error}") from error
     return FP4Tensor(
-        **parts,
+        **{"block_size": fmt.block_size, **parts},
         weight_format="e2m1",
-        block_size=fmt.block_size,
         reduction=2 * parts["packed_weight"].shape[-1],
         transposed=fmt.transposed,
         dtype=parameter.dtype,
@@ -141,11 +144,13 @@ FOREIGN: dict[str, ForeignFormat] = {
     "mxfp4": ForeignFormat(
         {"_blocks$": "packed", "_scales$": "scale"}, "", 32, _mxfp4, transposed=True
     ),
+    "bitsandbytes-fp4": ForeignFormat(
+        bitsandbytes.TENSORS, ".weight", 0, bitsandbytes.parts, plain=bitsandbytes.dequantized
+    ),
 }
-# bitsandbytes' FP4 divided by its largest magnitude and times 12 is 0, 1/16, 2, 3, 4, 6, 8, 12.
 REFUSED = {
-    "bitsandbytes": "its FP4 has the magnitude 1/192 where E2M1 has 1/12, which no format here "
-    "holds, and float32 scales per block, where ours are E4M3"
+    "bitsandbytes-nf4": "NF4's values are quantiles, not those of a floating-point format",
+    "bitsandbytes-int8": "its weights are integers",
 }
 
 
@@ -156,16 +161,24 @@ def format_of(quantization_config: Mapping[str, Any]) -> str:
         InterchangeError: it is none of them, or has activations that ours cannot repeat.
     """
     method = quantization_config.get("quant_method")
-    found = quantization_config.get("format") if method == "compressed-tensors" else method
+    found = _name(quantization_config)
     if found not in FOREIGN:
-        reason = REFUSED.get(str(method), "only these formats are read: " + ", ".join(FOREIGN))
+        reason = REFUSED.get(str(found), "only these formats are read: " + ", ".join(FOREIGN))
         raise InterchangeError(
             f"the checkpoint is quantized by {method!r} in the format {found!r}: {reason}. Load it "
             "dequantized, or the full-precision model, and call fp4compile.quantize"
         )
     for group in quantization_config.get("config_groups", {}).values():
         _check_group(found, group)
-    return str(found)
+    return found
+
+
+def _name(config: Mapping[str, Any]) -> str:
+    if config.get("quant_method") == "bitsandbytes":
+        four_bits = config.get("bnb_4bit_quant_type", "fp4")
+        return f"bitsandbytes-{four_bits if config.get('load_in_4bit') else 'int8'}"
+    name = "format" if config.get("quant_method") == "compressed-tensors" else "quant_method"
+    return str(config.get(name))
 
 
 def _check_group(found: str, group: Mapping[str, Any]) -> None:

@@ -77,11 +77,14 @@ class FP4CompileConfig(QuantizationConfigMixin):
     @classmethod
     def of(cls, model: nn.Module) -> FP4CompileConfig:
         """The config that describes ``model``'s FP4 weights."""
-        report = getattr(model, "fp4_report", None)
+        # The report of the run; a loaded model has none, but says what it was loaded with.
+        known = getattr(model, "fp4_report", None)
+        if not isinstance(known, Report):
+            known = getattr(getattr(model, "config", None), "quantization_config", None)
         return cls(
             attribute_groups(fp4_parameters(model)),
             round(bits_per_parameter(model), 4),
-            report.skipped if isinstance(report, Report) else None,
+            known.skipped if isinstance(known, Report | FP4CompileConfig) else None,
             products={name: made.to_dict() for name, made in attention.products_of(model).items()},
         )
 
@@ -268,8 +271,12 @@ class _Restore(PartsToWeight):
         return {full_layer_name: nn.Parameter(weight, requires_grad=False)}
 
 
-def attach(model: PreTrainedModel) -> None:
-    """Let ``model.save_pretrained`` write its FP4 weights, as after ``from_pretrained``."""
+def attach(model: PreTrainedModel, skipped: Mapping[str, str] | None = None) -> None:
+    """Let ``model.save_pretrained`` write its FP4 weights, as after ``from_pretrained``.
+
+    ``skipped``: why other weights are in high precision, where no report says it.
+    """
+    model.config.quantization_config = FP4CompileConfig(skipped=skipped)
     config = FP4CompileConfig.of(model)
     quantizer = FP4CompileQuantizer(config)
     quantizer.attributes = attributes_by_name(config.groups)

@@ -13,9 +13,10 @@ def from_pretrained(name: str | Path, auto_class: Any = None, **options: Any) ->
     """Load an FP4 checkpoint as a Hugging Face model with FP4 weights, without unpacking it.
 
     Read are those of fp4compile itself, of compressed-tensors (``nvfp4-pack-quantized``, with
-    activations too, and ``mxfp4-pack-quantized``), and gpt-oss style MXFP4. Codes and block scales
-    are taken bit for bit. NVFP4's global scale is a divisor and ours a factor, so its weights may
-    differ by one float32 rounding; MXFP4 is exact.
+    activations too, and ``mxfp4-pack-quantized``), gpt-oss style MXFP4, and bitsandbytes' FP4.
+    Codes and block scales are taken bit for bit. NVFP4's global scale is a divisor and ours a
+    factor, so its weights may differ by one float32 rounding; MXFP4 is exact. A weight of
+    bitsandbytes that no FP4 weight equals stays in high precision, named in a warning.
 
     Args:
         name: a directory, or a name on the Hugging Face hub.
@@ -28,7 +29,7 @@ def from_pretrained(name: str | Path, auto_class: Any = None, **options: Any) ->
 
     Raises:
         InterchangeError: the checkpoint is in full precision or in another format, its scales do
-            not fit E4M3, or it belongs to another model.
+            not fit E4M3, none of its weights is exact, or it belongs to another model.
         MissingDependencyError: transformers is not installed.
     """
     try:

@@ -99,7 +99,7 @@ def restored(
     return weight
 
 
-def check_shape(name: str, weight: FP4Tensor, shape: Sequence[int]) -> None:
+def check_shape(name: str, weight: Tensor, shape: Sequence[int]) -> None:
     """Whether ``weight`` has the ``shape`` of the parameter that it replaces.
 
     Raises:

@@ -19,29 +19,43 @@ from fp4compile.trace import PASS_THROUGH
 
 aten = torch.ops.aten
 
-# Hand on what they are given, in another shape or in part.
+# Hand on what they are given, in another shape, in part or several times.
 VIEWS = frozenset(
     {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
      aten.unflatten.int, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
-     aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.clone.default}
+     aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.clone.default,
+     aten.movedim.int, aten.repeat_interleave.self_int, aten.repeat.default, aten.index.Tensor}
 )  # fmt: skip
 _STRICT_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 # Give several parts; each getitem takes one.
 SPLITS = frozenset(
     {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
 )
+# Where a factor of 2^-shift on the first argument is one on the result, bit for bit.
+_HOMOGENEOUS = frozenset(
+    {aten.relu.default, aten.leaky_relu.default, aten.abs.default, aten.neg.default,
+     aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
+)  # fmt: skip
 # (node, position of the argument whose channels the result has)
-ATTENTION = {aten.scaled_dot_product_attention.default: 2, aten.matmul.default: 1}
+ATTENTION = {
+    aten.scaled_dot_product_attention.default: 2,
+    aten.matmul.default: 1,
+    aten.bmm.default: 1,
+}
+# In place of a channel's number, where a value is a sum over several channels.
+_SEVERAL = -1
 
 
 def next_on_path(node: fx.Node) -> tuple[fx.Node, ...]:
     """The arguments of ``node`` that a power of two per channel may come from, best first."""
-    if node.target in PASS_THROUGH or node.target in VIEWS or node.target in SPLITS:
-        return _nodes(node.args[:1])
-    if node.target is operator.getitem:
+    if node.target is aten.index.Tensor and _constant_index(node) is None:
+        return ()
+    if node.target in PASS_THROUGH | VIEWS | SPLITS | _HOMOGENEOUS | {operator.getitem}:
         return _nodes(node.args[:1])
     if node.target in ATTENTION:
-        return _nodes([node.args[ATTENTION[node.target]]])
+        operands = _nodes(node.args[:2])
+        matrices = all(operand.meta["val"].dim() > 1 for operand in operands)
+        return _nodes([node.args[ATTENTION[node.target]]]) if matrices else ()
     if node.target is aten.mul.Tensor:
         same = [
             argument
@@ -73,10 +87,10 @@ def channel_sources(path: Sequence[fx.Node]) -> Tensor | None:
         values.append(value)
     rows = value.reshape(-1, value.shape[-1])
     sources = rows[0]
-    if not torch.equal(rows, sources.expand_as(rows)):
+    if not torch.equal(rows, sources.expand_as(rows)) or bool((sources == _SEVERAL).any()):
         return None
     alone = all(
-        _others_miss(node, following, held, sources)
+        _reads_once(following, node) and _others_miss(node, following, held, sources)
         for node, following, held in zip(path, path[1:], values, strict=False)
     )
     return sources if alone else None
@@ -84,15 +98,15 @@ def channel_sources(path: Sequence[fx.Node]) -> Tensor | None:
 
 def _sent(node: fx.Node, before: fx.Node, value: Any) -> Any:
     """The channel numbers that ``node`` hands on of ``value``, what ``before`` carries."""
+    shape = _hints(_shape(node))
     if node.target in ATTENTION:
-        # Every query gets a mixture of the values' rows, which have the same channels.
-        rows = int(_hints(node.meta["val"].shape)[-2])
-        mixed = value[..., :1, :].expand(*value.shape[:-2], rows, value.shape[-1])
-        return mixed.expand(_hints(node.meta["val"].shape))
-    if node.target is aten.mul.Tensor:
-        return value.expand(_hints(node.meta["val"].shape))
-    if node.target in PASS_THROUGH:
+        return _mixed(value, shape)
+    if node.target is aten.mul.Tensor or node.target is aten.div.Tensor:
+        return value.expand(shape)
+    if node.target in PASS_THROUGH or node.target in _HOMOGENEOUS:
         return value
+    if node.target is aten.index.Tensor:
+        return aten.index.Tensor(value, _constant_index(node))
     args, kwargs = fx.node.map_arg(
         (node.args, node.kwargs), lambda other: value if other is before else _hint_of(other)
     )
@@ -102,11 +116,45 @@ def _sent(node: fx.Node, before: fx.Node, value: Any) -> Any:
     return target(*args, **kwargs)
 
 
+def _mixed(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The channels of what every query gets, a mixture of the rows of ``value``."""
+    first = value[..., :1, :]
+    row = torch.where((value == first).all(dim=-2, keepdim=True), first, _SEVERAL)
+    if row.dim() > 2 and 1 < row.shape[-3] < shape[-3]:  # enable_gqa
+        row = row.repeat_interleave(shape[-3] // row.shape[-3], dim=-3)
+    return row.expand(shape)
+
+
+def _constant_index(node: fx.Node) -> list[Tensor | None] | None:
+    """What ``node``, an index, takes, if it is written in the model's code."""
+    indices: Any = node.args[1]
+    found = [index and _constant(index) for index in indices]
+    known = all(i is None or c is not None for i, c in zip(indices, found, strict=True))
+    return found if known else None
+
+
+def _constant(node: fx.Node) -> Tensor | None:
+    """The value of a literal, which torch.export lifts out of the graph."""
+    if node.target is not aten.lift_fresh_copy.default:
+        return None
+    (literal,) = node.all_input_nodes
+    value: Tensor = operator.attrgetter(str(literal.target))(node.graph.owning_module)
+    return value
+
+
+def _reads_once(reader: fx.Node, node: fx.Node) -> bool:
+    """Not as in ``y * y``, where a factor would count twice."""
+    taken = pytree.tree_leaves((reader.args, reader.kwargs))
+    return sum(other is node for other in taken) == 1
+
+
 def _others_miss(node: fx.Node, following: fx.Node, value: Any, sources: Tensor) -> bool:
     """Whether every other reader of ``node`` takes none of the channels ``sources``."""
     for user in node.users:
         if user is following:
             continue
+        if user.target is aten.index.Tensor and _constant_index(user) is None:
+            return False
         if user.target in VIEWS or user.target is operator.getitem:
             taken = _sent(user, node, value)
         elif user.target in SPLITS:

@@ -21,6 +21,7 @@ class Rewrite:
     ``parameters``: new value by parameter name (tied names map to one object).
     ``row_shifts``: int8 ``[N]`` by site; the site's outputs are to be multiplied by 2^-row_shift.
     ``folded``: names of the sites whose exponent shifts a producer absorbed, by the producer.
+    ``unfolded``: why the shifts of the other sites are multiplied as their activation is rounded.
     """
 
     model: nn.Module
@@ -29,6 +30,7 @@ class Rewrite:
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     row_shifts: Mapping[str, Tensor] = field(default_factory=dict)
     folded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unfolded: Mapping[str, str] = field(default_factory=dict)
 
 
 def commit(rewrite: Rewrite) -> None:

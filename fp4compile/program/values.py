@@ -129,9 +129,8 @@ class Flattened:
             if value.device.type != "cpu":
                 raise NotFlat(f"an argument on {value.device.type}")
             self.tensors.append(value)
-            key.append(
-                (value.dtype, value.device, *[size if size < 2 else -1 for size in value.shape])
-            )
+            sizes = [size if size < 2 else -1 for size in value.shape]
+            key.append((value.dtype, value.device, *sizes, _layout(value)))
         elif isinstance(value, CONSTANTS):
             # The type too: True == 1 == 1.0.
             key.append((type(value), value))
@@ -167,6 +166,20 @@ def _flat_cache(cache: Any) -> tuple[list[Tensor], list[Any]]:
     flat = Flattened(states)
     fixed = [tuple(tensor.shape[dim] for dim in fixed_dims(tensor)) for tensor in flat.tensors]
     return flat.tensors, [type(cache), *flat.key, *fixed]
+
+
+def _layout(tensor: Tensor) -> tuple[int, ...]:
+    """Which dimension lies inside of which, and whether without gaps; () if contiguous.
+
+    Generated code reads an input by the strides that it was compiled for: the keys of a growing
+    cache are those of the prompt, transposed, before the first step and contiguous after it.
+    """
+    if tensor.is_contiguous():
+        return ()
+    dims = [dim for dim in range(tensor.dim()) if tensor.shape[dim] != 1]
+    order = sorted(dims, key=tensor.stride, reverse=True)
+    dense = tensor.squeeze().permute([dims.index(dim) for dim in order]).is_contiguous()
+    return (*order, int(dense))
 
 
 def fixed_dims(tensor: Tensor) -> tuple[int, ...]:

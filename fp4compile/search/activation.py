@@ -20,6 +20,7 @@ from fp4compile.qparams import ActivationQParams, TensorSpec, WeightQParams
 from fp4compile.search.candidates import apply_activation, clipping_errors
 from fp4compile.search.grid import clip_factors
 from fp4compile.search.problem import GroupProblem, SearchOptions
+from fp4compile.search.ties import tied_maxima, tied_sums
 from fp4compile.search.tokens import TINY, Tokens
 from fp4compile.weights import dequantized, row_parts
 
@@ -47,13 +48,15 @@ class ActivationError:
 
     ``gram`` ``[K, K]`` is ``w_hat^T w_hat`` and ``cross`` ``w_hat^T w`` of all sites' weights,
     divided by the power; ``weights`` ``(w, w_hat)`` themselves, ``[N, K]``, where N < K makes them
-    cheaper. Of a head, both are less their mean row (``outputs.py``).
+    cheaper. Of a head, both are less their mean row (``outputs.py``). ``ties``: the problem's
+    ``channel_ties``.
     """
 
     sites: int
     gram: Tensor
     cross: Tensor
     weights: tuple[Tensor, Tensor] | None
+    ties: Tensor | None
 
     @classmethod
     def of(
@@ -83,7 +86,8 @@ class ActivationError:
                 gram.addr_(total_hat, total_hat, alpha=-1 / len(weight))
                 cross.addr_(total_hat, total, alpha=-1 / len(weight))
         both = tuple(torch.cat(side) for side in zip(*kept, strict=True)) if keep else None
-        return cls(len(problem.weights), gram, cross, both)  # type: ignore[arg-type]  # two of them
+        sites, ties = len(problem.weights), problem.channel_ties
+        return cls(sites, gram, cross, both, ties)  # type: ignore[arg-type]  # two of them
 
     @property
     def diagonal(self) -> Tensor:
@@ -239,12 +243,15 @@ def _best_shifts(
     """(error, int8 shifts ``[K]`` or None) of least error by ``errors`` ``[shifts, K]``; with
     ``ratio`` ``[K]``, of channel maxima to the tensor's, the least shifts that clip nothing.
     """
-    if ratio is None:
-        of_channel, shift = errors.min(dim=0)
-    else:
+    ties = objective.ties
+    if ratio is not None:
+        ratio = tied_maxima(ratio, ties)
         shift = ratio.clamp_min(TINY).log2().ceil().clamp(0, len(errors) - 1).to(torch.int64)
-        of_channel = errors.gather(0, shift[None])[0]
-    error = float(of_channel @ objective.diagonal)
+    elif ties is None:
+        shift = errors.min(dim=0).indices
+    else:
+        shift = tied_sums(errors * objective.diagonal, ties).min(dim=0).indices
+    error = float(errors.gather(0, shift[None])[0] @ objective.diagonal)
     return error, shift.to(torch.int8) if bool(shift.any()) else None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fp4compile.numerics import power_of_two
 from fp4compile.operand import transformed
 from fp4compile.search.problem import GroupProblem
+from fp4compile.search.ties import tied_sums
 from fp4compile.search.tokens import TINY, Tokens
 
 LARGEST_SHIFT = 20
@@ -23,20 +24,23 @@ def balancing_shift(problem: GroupProblem, tokens: Tokens) -> Tensor:
     norm = torch.zeros_like(rms)
     for weight in problem.weights.values():
         norm += weight.square().sum(dim=0)
-    return _centred((_log2(rms) - _log2(norm.sqrt())) / 2, (rms > 0) & (norm > 0))
+    used = (rms > 0) & (norm > 0)
+    return _centred((_log2(rms) - _log2(norm.sqrt())) / 2, used, problem.channel_ties)
 
 
-def equalizing_shift(tokens: Tokens) -> Tensor:
+def equalizing_shift(problem: GroupProblem, tokens: Tokens) -> Tensor:
     """int8 ``[K]``: log2 of the channel maxima about their mean, which all become alike."""
-    return _centred(_log2(tokens.absmax), tokens.absmax > 0)
+    return _centred(_log2(tokens.absmax), tokens.absmax > 0, problem.channel_ties)
 
 
 def _log2(x: Tensor) -> Tensor:
     return x.clamp_min(TINY).log2()
 
 
-def _centred(log: Tensor, used: Tensor) -> Tensor:
+def _centred(log: Tensor, used: Tensor, ties: Tensor | None) -> Tensor:
+    """``log`` about its mean over channels in use, tied ones at theirs."""
     log = torch.where(used, log - log[used].mean(), torch.zeros(()))
+    log = tied_sums(log, ties) / tied_sums(used.to(log.dtype), ties).clamp_min(1)
     return log.round().clamp(-LARGEST_SHIFT, LARGEST_SHIFT).to(torch.int8)
 
 

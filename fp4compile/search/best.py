@@ -23,6 +23,7 @@ from fp4compile.search.balance import balancing_shift, transformed_moment
 from fp4compile.search.candidates import ERROR_TOKENS, accepted, blocked_weight, output_errors
 from fp4compile.search.embedding import lookup_moment, tied_moment
 from fp4compile.search.gptq import Compensation
+from fp4compile.search.noise import noisy_inputs
 from fp4compile.search.problem import GroupProblem, SearchOptions
 from fp4compile.search.tokens import Tokens, split, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
@@ -69,16 +70,18 @@ def best(problem: GroupProblem) -> dict[str, SiteQParams]:
     if problem.spec.activation is not None:
         activation = _choose_activation(problem, train, problem.spec.activation)
     moment = train.moment()
-    shared = Compensation(_transformed(moment, activation))
+    noisy = noisy_inputs(train, _transformed(moment, activation), activation)
+    shared = Compensation(noisy.moment)
     weights = dict(problem.decided)
     for name, weight in problem.weights.items():
         if name in weights:
             continue
-        seen = shared
+        working = for_activation(weight, activation)
         if name in problem.tied:
             tied = tied_moment(weight, moment, problem.options)
             seen = Compensation(_transformed(tied, activation))
-        working = for_activation(weight, activation)
+        else:
+            seen, working = shared, noisy.best_weight(working)
         weights[name] = _rounded(working, seen, problem.spec.weight, problem.options)
     return accepted(problem, held_out, [(weights, activation)])
 

@@ -97,6 +97,13 @@ def apply_activation(x: Tensor, qparams: ActivationQParams) -> Tensor:
     return rounded * power_of_two(shift)
 
 
+def exact_operand(x: Tensor, qparams: ActivationQParams) -> Tensor:
+    """What :func:`apply_activation` gives of ``x`` ``[T, K]`` if nothing were rounded."""
+    if qparams.exponent_shift is not None and not qparams.shift_in_weight:
+        return x  # shifted there and back; such shifts go without rotation
+    return transformed(x, qparams.exponent_shift, qparams.rotation)
+
+
 def clipping_errors(tokens: Tokens, qparams: ActivationQParams | None) -> Tensor:
     """Mean squared error ``[K]`` of what ``qparams`` clips of unseen tokens, as the GEMM sees it;
     none where scales are dynamic.

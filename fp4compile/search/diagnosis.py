@@ -7,10 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fp4compile.numerics import power_of_two
-from fp4compile.operand import transformed
 from fp4compile.qparams import Diagnosis, SiteQParams
-from fp4compile.search.candidates import apply_activation, clipping_errors
+from fp4compile.search.candidates import apply_activation, clipping_errors, exact_operand
 from fp4compile.search.outputs import SquaredOutputs
 from fp4compile.search.problem import GroupProblem
 from fp4compile.search.tokens import TINY, Tokens, weighted_tokens
@@ -61,7 +59,5 @@ def _operands(site: SiteQParams, tokens: Tokens) -> tuple[Tensor, Tensor]:
     if activation is None:
         x = tokens.scaled(tokens.x)
         return x, x
-    exact = transformed(tokens.x, activation.exponent_shift, activation.rotation)
-    if activation.exponent_shift is not None and not activation.shift_in_weight:
-        exact = exact * power_of_two(activation.exponent_shift)
-    return tokens.scaled(exact), tokens.scaled(apply_activation(tokens.x, activation))
+    exact, rounded = (f(tokens.x, activation) for f in (exact_operand, apply_activation))
+    return tokens.scaled(exact), tokens.scaled(rounded)

@@ -26,6 +26,7 @@ from fp4compile.search.candidates import (
 )
 from fp4compile.search.embedding import search_tied
 from fp4compile.search.gptq import Compensation
+from fp4compile.search.noise import NoisyInputs, noisy_inputs
 from fp4compile.search.problem import GroupProblem
 from fp4compile.search.tokens import Tokens, mean_powers, split, weighted_tokens
 from fp4compile.search.weight import OutputError, search_weight
@@ -96,7 +97,8 @@ def _promising_shift(problem: GroupProblem, tokens: Tokens, unmoved: Decision) -
     for shift in _movable_shifts(problem, tokens, ActivationError.of(some, plain, powers)):
         shifted, shifted_tokens = moved(some, few, shift)
         objective = OutputError.of_inputs(shifted_tokens.moment())
-        weights = _search_weights(shifted, objective, None, unmoved[0])
+        # Moved shifts widen the range of a row, so another format may suit it.
+        weights = _search_weights(shifted, objective, problem.spec.weight.candidates)
         spec = _without_shifts(problem.spec.activation)
         activation = _search_activation(shifted, shifted_tokens, weights, powers, spec)
         error = sum(output_errors(shifted, shifted_tokens, weights, activation).values())
@@ -111,7 +113,7 @@ def _movable_shifts(
     """Shifts to try in the weights."""
     assert problem.spec.activation is not None
     yield balancing_shift(problem, tokens)
-    yield equalizing_shift(tokens)
+    yield equalizing_shift(problem, tokens)
     widest = widest_shift(tokens, objective, problem.spec.activation)
     if widest is not None:
         yield widest
@@ -148,7 +150,8 @@ def _decisions(problem: GroupProblem, tokens: Tokens, moved_by: Tensor | None) -
     weights, activation = _alternate(problem, tokens, OutputError.of_inputs(moment))
     if problem.options.rounding == "nearest":
         return [(weights, activation)]
-    return [(weights, activation), (_compensated(problem, moment, weights), activation)]
+    noisy = noisy_inputs(tokens, moment, activation)
+    return [(weights, activation), (_compensated(problem, noisy, weights), activation)]
 
 
 def _check(problem: GroupProblem) -> None:
@@ -189,14 +192,16 @@ def _seen_as(tokens: Tokens, activation: ActivationQParams) -> OutputError:
 
 
 def _compensated(
-    problem: GroupProblem, moment: Tensor, weights: Mapping[str, WeightQParams]
+    problem: GroupProblem, inputs: NoisyInputs, weights: Mapping[str, WeightQParams]
 ) -> dict[str, WeightQParams]:
-    """The same formats with error-compensated rounding; weights decided before stay."""
-    compensation = Compensation(moment)
+    """The same formats with error-compensated rounding of what is best for ``inputs``; weights
+    decided before stay.
+    """
+    compensation = Compensation(inputs.moment)
     return {
         name: qparams
         if name in problem.decided
-        else compensation.rescaled(problem.weights[name], qparams)
+        else compensation.rescaled(inputs.best_weight(problem.weights[name]), qparams)
         for name, qparams in weights.items()
     }
 

@@ -40,6 +40,10 @@ class SearchOptions:
     ``balance``: exponent shifts may move from activations into weights (``"best"``, and ``"fpq"``
     where activations have more than 4 bits). ``largest_rotation``: of the Hadamard matrices
     of ``"best"``; 1 for none.
+
+    ``tie_shifts``: channels that come from one row of their producer (query heads that share a head
+    of values) get one exponent shift, so that it folds. Otherwise each has its own, and
+    the multiplication is part of the kernel that rounds the activation.
     """
 
     rounding: str = "compensated"
@@ -53,6 +57,7 @@ class SearchOptions:
     format_margin: float = 0.02
     largest_rotation: int = 512
     balance: bool = True
+    tie_shifts: bool = False
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
@@ -74,6 +79,7 @@ class GroupProblem:
     ``tied`` names those that are also looked up as an embedding, ``heads`` those whose outputs are
     logits. ``decided`` holds weights that may
     not change any more (a tied head, when earlier layers were already calibrated on its rows).
+    ``channel_ties`` int64 ``[K]``: channels with the same number get the same exponent shift.
     """
 
     weights: Mapping[str, Tensor]
@@ -83,6 +89,7 @@ class GroupProblem:
     heads: frozenset[str] = frozenset()
     decided: Mapping[str, WeightQParams] = field(default_factory=dict)
     options: SearchOptions = field(default_factory=SearchOptions)
+    channel_ties: Tensor | None = None
 
     def thinned(self, rows: int) -> GroupProblem:
         """The same with about ``rows`` evenly spaced rows of all weights together."""

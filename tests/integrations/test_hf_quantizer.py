@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -214,46 +213,3 @@ assert "fp4compile.lowering.ops" in sys.modules
 
 def test_importing_is_cheap_and_inductor_then_knows_the_ops():
     subprocess.run([sys.executable, "-c", IMPORTS], check=True)
-
-
-LOAD = """
-import re, sys, torch, fp4compile
-from transformers import AutoModelForCausalLM
-
-def memory(key):
-    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-
-AutoModelForCausalLM.from_pretrained(sys.argv[2])  # what is imported and cached by the first load
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
-before = memory("VmRSS")
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-for parameter in model.parameters():  # the file is mapped: pages count once they are read
-    if hasattr(parameter, "packed_weight"):
-        parameter.packed_weight.max()
-print(memory("VmHWM") - before)
-ids = torch.arange(1, 9)[None]
-torch.save(model(ids, use_cache=False).logits, sys.argv[3])
-"""
-
-
-@pytest.mark.slow  # 135 million weights
-def test_smollm2_loads_within_little_more_than_its_checkpoint(demo_cache, llama, tmp_path):
-    from fp4compile.demo_model import load_demo_model
-
-    model, _ = load_demo_model(demo_cache, torch.float32)
-    ids = torch.arange(1, 9)[None]
-    fp4compile.quantize(model, [ids.repeat(2, 1)], method="minmax", progress=False)
-    model.save_pretrained(tmp_path / "smollm2", max_shard_size="20MB")
-    llama.save_pretrained(tmp_path / "tiny")
-    size = sum(path.stat().st_size for path in (tmp_path / "smollm2").glob("*.safetensors"))
-    assert 8 * size / sum(parameter.numel() for parameter in model.parameters()) < 4.2
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD, tmp_path / "smollm2", tmp_path / "tiny", tmp_path / "logits"],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    # The mapped file's pages, all read, and what transformers makes beside them.
-    assert int(result.stdout) < 1.3 * size
-    assert torch.equal(torch.load(tmp_path / "logits"), model(ids, use_cache=False).logits)

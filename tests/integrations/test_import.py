@@ -178,7 +178,11 @@ def test_scales_that_are_powers_of_two_are_exact_as_far_as_e4m3_reaches():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quant_method": "bitsandbytes"}, "magnitude 1/192"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "quantiles",
+        ),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "integers"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "only these formats"),
         (
             {
@@ -197,7 +201,7 @@ def test_scales_that_are_powers_of_two_are_exact_as_far_as_e4m3_reaches():
             "zero points",
         ),
     ],
-    ids=["bitsandbytes", "int4", "activations", "zero-points"],
+    ids=["nf4", "int8", "int4", "activations", "zero-points"],
 )
 def test_other_formats_are_refused(changes, message, tmp_path):
     tiny_llama(layers=1).save_pretrained(tmp_path)

@@ -6,45 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from folds import both, decisions
 from models import NormThenLinears, tiny_llama, tokens
 from torch import nn
 
-from bench.families import FAMILIES, first_output
-from fp4compile.formats import by_name
-from fp4compile.numerics import scale_for_max
-from fp4compile.passes import PASSES, Rewrite
+from bench.families import FAMILIES
+from fp4compile.passes import Rewrite
 from fp4compile.passes.fold_exponent_shifts import fold_exponent_shifts
-from fp4compile.passes.plan import commit, oriented
-from fp4compile.passes.swap_weights import swap_weights
-from fp4compile.qparams import ActivationQParams, SiteQParams, WeightQParams
 from fp4compile.trace import trace
-
-
-def decisions(model: nn.Module, graph, scale: float = 0.2) -> dict[str, SiteQParams]:
-    """Random shifts per group, one scale for all."""
-    torch.manual_seed(5)
-    found = {}
-    for group in graph.groups:
-        channels = oriented(model, group.sites[0]).shape[1]
-        shift = torch.randint(0, 4, (channels,), dtype=torch.int8)
-        activation = ActivationQParams("e2m1", "tensor", torch.tensor(scale), shift)
-        for site in group.sites:
-            weight = oriented(model, site)
-            scales = scale_for_max(weight.abs().amax(dim=1), by_name("e2m1"))
-            found[site.name] = SiteQParams(WeightQParams("e2m1", scales), activation, 0.0, 0.0)
-    return found
-
-
-def run(build, call, passes, dtype) -> tuple[Rewrite, torch.Tensor]:
-    model = build().to(dtype).eval()
-    graph = trace(model, *call)
-    rewrite = Rewrite(model, graph, decisions(model, graph))
-    for rewrite_pass in passes:
-        rewrite = rewrite_pass(rewrite)
-    commit(rewrite)
-    with torch.no_grad():
-        out = model(*call[0], **call[1])
-    return rewrite, first_output(out)
 
 
 def layer_norm_model() -> nn.Module:
@@ -64,7 +33,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
             tiny_llama,
             ((), {"input_ids": tokens(), "use_cache": False}),
             {f"model.layers.{i}.{n}.weight" for i in (0, 1)
-             for n in ("input_layernorm", "post_attention_layernorm", "mlp.up_proj")}
+             for n in ("input_layernorm", "self_attn.v_proj", "post_attention_layernorm",
+                       "mlp.up_proj")}
             | {"model.norm.weight"},
         ),
     ],
@@ -72,8 +42,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 )  # fmt: skip
 def test_folded_and_unfolded_models_compute_the_same_bits(build, call, folds, dtype):
     args = tuple(arg.to(dtype) for arg in call[0])
-    folded, with_fold = run(build, (args, call[1]), PASSES, dtype)
-    _, without = run(build, (args, call[1]), (swap_weights,), dtype)
+    folded, with_fold, without = both(build, (args, call[1]), dtype)
     assert set(folded.folded) == folds
     assert torch.equal(with_fold, without)
 
@@ -82,7 +51,27 @@ def test_folded_and_unfolded_models_compute_the_same_bits(build, call, folds, dt
 THROUGH = {
     "BERT": {"value"},
     "GPT-2": {"ln_f", "ln_1", "ln_2", "c_attn"},
-    "Phi-3": {"input_layernorm", "post_attention_layernorm", "gate_up_proj", "norm"},
+    "Phi-3": {
+        "input_layernorm",
+        "qkv_proj",
+        "post_attention_layernorm",
+        "gate_up_proj",
+        "norm",
+    },
+    "Gemma 2": {
+        "input_layernorm",
+        "v_proj",
+        "pre_feedforward_layernorm",
+        "up_proj",
+        "norm",
+    },
+    "Falcon": {"input_layernorm", "query_key_value", "ln_f"},
+    "OPT": {
+        "self_attn_layer_norm",
+        "v_proj",
+        "final_layer_norm",
+        "fc1",
+    },
     "GPT-NeoX": {
         "query_key_value",
         "final_layer_norm",
@@ -100,6 +89,10 @@ THROUGH = {
         ("GPT-2", torch.float32),
         ("Phi-3", torch.bfloat16),
         ("GPT-NeoX", torch.float32),
+        ("Gemma 2", torch.float64),
+        ("Gemma 2", torch.bfloat16),
+        ("Falcon", torch.float64),
+        ("OPT", torch.float64),
     ],
     ids=str,
 )
@@ -112,8 +105,7 @@ def test_folds_through_attention_splits_and_views_keep_the_bits(name, dtype):
         torch.manual_seed(0)
         return family.build()
 
-    folded, with_fold = run(build, call, PASSES, dtype)
-    _, without = run(build, call, (swap_weights,), dtype)
+    folded, with_fold, without = both(build, call, dtype)
     assert {producer.split(".")[-2] for producer in folded.folded} == THROUGH[name]
     assert torch.equal(with_fold, without)
 
@@ -152,8 +144,7 @@ def test_a_norm_that_adds_one_to_its_weight_folds_where_that_is_exact(gamma, dty
         return model
 
     call = ((torch.randn(3, 7, 32, dtype=dtype),), {})
-    folded, with_fold = run(build, call, PASSES, dtype)
-    _, without = run(build, call, (swap_weights,), dtype)
+    folded, with_fold, without = both(build, call, dtype)
     assert set(folded.folded) == ({"gamma"} if folds else set())
     assert torch.equal(with_fold, without)
 

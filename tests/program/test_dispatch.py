@@ -16,6 +16,7 @@ from fp4compile.compile import compile_model
 from fp4compile.program.dispatch import Dispatcher
 from fp4compile.program.program import CompiledRegion
 from fp4compile.program.regions import Region
+from fp4compile.program.values import Flattened
 from fp4compile.tensor import FP4Tensor
 
 LAYERS = 3
@@ -137,6 +138,15 @@ def test_assisted_generation_is_left_its_cache(eager, compiled, role):
     expected = (other if role == "draft" else eager).generate(prompt, max_new_tokens=4, **GREEDY)
     got = target.generate(prompt, assistant_model=draft, max_new_tokens=4, **GREEDY)
     assert torch.equal(got, expected)
+
+
+def test_other_layouts_are_other_kinds_of_calls():
+    x = torch.randn(3, 4, 5)
+    layouts = [x, x.transpose(0, 1), x.transpose(1, 2), x[:, :, ::2]]
+    assert len({Flattened(value).key for value in layouts}) == len(layouts)
+    # Where a dimension of one lies tells nothing, nor do sizes.
+    assert Flattened(x[:1].transpose(0, 1)).key == Flattened(torch.randn(4, 1, 5)).key
+    assert Flattened(x.transpose(0, 1)).key == Flattened(torch.randn(6, 7, 8).transpose(0, 1)).key
 
 
 def test_a_generation_config_is_not_changed(eager, compiled):
