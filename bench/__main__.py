@@ -21,6 +21,7 @@ from bench import sts as sts_bench
 from bench.compare import DEFAULT_NOISE
 from bench.compare import compare as compare_files
 from bench.configurations import CONFIGURATIONS
+from bench.gemm_peers import GEMM_PEERS, absent
 from bench.machine import measure_machine
 from bench.peers import MODELS, PEERS
 from fp4compile.lowering.gpus import GPUS, gpu_by_name
@@ -49,13 +50,17 @@ def gemm(
     device: Annotated[str, typer.Option(help="cpu, or cuda on a machine with a GPU.")] = "cpu",
     json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
 ) -> None:
-    """One linear layer: FP4 beside bf16 and fp32, activation quantization included.
+    """One linear layer: FP4 beside bf16, fp32 and other libraries' 4-bit layers, activation
+    quantization included.
 
     On a GPU that the table of lowering/gpus.py knows, the computed bound of "fp4 w4a4" as well.
     """
     if device != "cpu" and not torch.cuda.is_available():
         raise typer.BadParameter(f"torch sees no GPU for --device {device}")
     shapes = [(int(n), int(k)) for n, k in (text.lower().split("x") for text in shape)]
+    for name in GEMM_PEERS if device == "cpu" else ():
+        if (reason := absent(name)) is not None:
+            typer.echo(f"{name} skipped: {reason}", err=True)
     for result in gemm_bench.run(shapes, m, threads, repetitions, device):
         timing = result.timing
         typer.echo(

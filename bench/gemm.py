@@ -1,16 +1,20 @@
-"""One linear layer in 4, 6 and 8 bits (activation quantization included) beside bf16 and fp32."""
+"""One linear layer in 4, 6 and 8 bits (activation quantization included) beside bf16, fp32 and, on
+CPUs, other libraries' 4-bit layers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import fp4compile
+from bench import gemm_peers
 from bench.timing import Timing, interleave
 from fp4compile.blocks import SECOND_FORMAT
 from fp4compile.formats import by_name
@@ -29,6 +33,7 @@ WEIGHT_BITS = {
     "w8a8 e4m3": 8,
     "bf16": 16,
     "fp32": 32,
+    **dict.fromkeys(gemm_peers.GEMM_PEERS, gemm_peers.BITS),
 }
 
 
@@ -68,6 +73,8 @@ def run(
         buffer = torch.ones(BANDWIDTH_FLOATS * (1 if device == "cpu" else 8))
         for N, K in shapes:
             layers = _layers(N, K, device)
+            if device == "cpu":
+                layers |= _peers(N, K, threads)
             for M in rows:
                 x = torch.randn(M, K)
                 calls = {name: make(x) for name, make in layers.items()}
@@ -93,7 +100,7 @@ def _result(
     return GemmResult(name, M, N, K, threads, timing, gops, rate / bandwidth, device)
 
 
-def _layers(N: int, K: int, device: str) -> dict[str, Callable[[Tensor], Callable[[], Tensor]]]:
+def _layers(N: int, K: int, device: str) -> dict[str, Callable[[Tensor], Callable[[], object]]]:
     """Ways to compute the layer; each takes x and gives a call that walks through its weights."""
     copies = max(1, WORKING_SET_BYTES // (N * K // 2))
     w4a4 = [_weight(N, K, "e2m1", "e2m1") for _ in range(copies)]
@@ -119,12 +126,24 @@ def _layers(N: int, K: int, device: str) -> dict[str, Callable[[Tensor], Callabl
     }
 
 
+def _peers(N: int, K: int, threads: int) -> dict[str, Callable[[Tensor], Callable[[], object]]]:
+    """Those that are installed, each with as many weights as are larger than the caches."""
+    copies = max(1, WORKING_SET_BYTES // (N * K // 2))
+
+    def walker(peer: gemm_peers.GemmPeer) -> Callable[[Tensor], Callable[[], object]]:
+        layers = [peer.make(N, K, threads) for _ in range(copies)]
+        return lambda x: _walk(lambda given, layer: layer(given), layers, peer.given(x))
+
+    known = gemm_peers.GEMM_PEERS.items()
+    return {name: walker(peer) for name, peer in known if gemm_peers.absent(name) is None}
+
+
 def _walk(
-    linear: Callable[[Tensor, Tensor], Tensor], weights: list[Tensor], x: Tensor
-) -> Callable[[], Tensor]:
+    linear: Callable[[Any, Any], object], weights: Sequence[object], x: object
+) -> Callable[[], object]:
     position = 0
 
-    def call() -> Tensor:
+    def call() -> object:
         nonlocal position
         position = (position + 1) % len(weights)
         return linear(x, weights[position])

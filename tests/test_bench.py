@@ -10,6 +10,7 @@ from models import VOCABULARY, tiny_llama
 from typer.testing import CliRunner
 
 from bench import accuracy, gemm, model, peers
+from bench.gemm_peers import GEMM_PEERS, absent
 from bench.__main__ import app
 from bench.timing import interleave
 from fp4compile.search import METHODS
@@ -29,7 +30,9 @@ def test_every_way_to_compute_the_layer_is_measured(monkeypatch):
     monkeypatch.setattr(gemm, "BANDWIDTH_FLOATS", 1 << 12)
     results = list(gemm.run([(32, 64)], [1, 3], threads=1, repetitions=2))
     wide = ["w6a6 e2m3", "w8a8 e1m6", "w8a8 e4m3"]
-    names = ["fp4 w4a4", "fp4 w4a4 block 32", "fp4 w4a16", *wide, "bf16", "fp32"]
+    peers = [name for name in GEMM_PEERS if absent(name) is None]
+    assert "torch int4" in peers  # which torch has
+    names = ["fp4 w4a4", "fp4 w4a4 block 32", "fp4 w4a16", *wide, "bf16", "fp32", *peers]
     assert [(r.M, r.name) for r in results] == [(m, name) for m in (1, 3) for name in names]
     assert all(result.gops > 0 for result in results)
 
