@@ -10,8 +10,8 @@ from models import VOCABULARY, tiny_llama
 from typer.testing import CliRunner
 
 from bench import accuracy, gemm, model, peers
-from bench.gemm_peers import GEMM_PEERS, absent
 from bench.__main__ import app
+from bench.gemm_peers import GEMM_PEERS, absent
 from bench.timing import interleave
 from fp4compile.search import METHODS
 
