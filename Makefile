@@ -22,7 +22,7 @@ demo: $(STAMP) ## quantize SmolLM2-135M to FP4, compile it, compare (ARGS="--pre
 	$(BIN) -m fp4compile demo $(ARGS)
 
 test: $(STAMP) ## run the test-suite (ARGS="-m 'not slow'")
-	$(BIN) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 matrix: ## lowering tests on other versions (ARGS="2.13.0+cpu:3.9.0", torch:triton)
 	.ci/matrix $(ARGS)

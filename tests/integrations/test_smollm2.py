@@ -69,8 +69,14 @@ def prompts(ids: torch.Tensor, batch: int, length: int) -> dict[str, torch.Tenso
     return {"input_ids": pieces, "attention_mask": torch.ones_like(pieces)}
 
 
+@pytest.fixture
+def portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target that compiles fastest; the others' texts are tested in tests/lowering."""
+    monkeypatch.setattr(config, "cpu_target", "cpp_portable")
+
+
 def test_plain_torch_compile_compiles_once_for_all_prompts_and_steps(
-    first_layers: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    first_layers: Any, ids: torch.Tensor, portable: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = [(4, 9, 4), (5, 7, 6), (6, 11, 3)]
     expected = [
@@ -79,8 +85,6 @@ def test_plain_torch_compile_compiles_once_for_all_prompts_and_steps(
     ]
     torch.compiler.reset()
     counters.clear()
-    # It compiles faster than the others; their texts are tested in tests/lowering.
-    monkeypatch.setattr(config, "cpu_target", "cpp_portable")
     forward = torch.compile(first_layers.forward, fullgraph=True, dynamic=True)
     monkeypatch.setattr(first_layers, "forward", forward, raising=False)
     for index, (batch, length, steps) in enumerate(calls):
@@ -100,7 +104,7 @@ def compiled(smollm2: Any) -> Any:
 
 
 def test_generate_writes_the_tokens_of_the_eager_model(
-    smollm2: Any, compiled: Any, ids: torch.Tensor
+    smollm2: Any, compiled: Any, ids: torch.Tensor, portable: None
 ) -> None:
     programs = []
     for batch, length, steps in ((2, 9, 4), (3, 13, 8)):
