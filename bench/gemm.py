@@ -102,7 +102,7 @@ def _result(
 
 def _layers(N: int, K: int, device: str) -> dict[str, Callable[[Tensor], Callable[[], object]]]:
     """Ways to compute the layer; each takes x and gives a call that walks through its weights."""
-    copies = max(1, WORKING_SET_BYTES // (N * K // 2))
+    copies = _copies(N, K)
     w4a4 = [_weight(N, K, "e2m1", "e2m1") for _ in range(copies)]
     blocks = [_fp4_blocks(N, K) for _ in range(copies)]
     w4a16 = [_weight(N, K, "e2m1", None) for _ in range(copies)]
@@ -126,12 +126,16 @@ def _layers(N: int, K: int, device: str) -> dict[str, Callable[[Tensor], Callabl
     }
 
 
+def _copies(N: int, K: int) -> int:
+    """How many weights of 4 bits are the working set."""
+    return max(1, WORKING_SET_BYTES // (N * K // 2))
+
+
 def _peers(N: int, K: int, threads: int) -> dict[str, Callable[[Tensor], Callable[[], object]]]:
     """Those that are installed, each with as many weights as are larger than the caches."""
-    copies = max(1, WORKING_SET_BYTES // (N * K // 2))
 
     def walker(peer: gemm_peers.GemmPeer) -> Callable[[Tensor], Callable[[], object]]:
-        layers = [peer.make(N, K, threads) for _ in range(copies)]
+        layers = [peer.make(N, K, threads) for _ in range(_copies(N, K))]
         return lambda x: _walk(lambda given, layer: layer(given), layers, peer.given(x))
 
     known = gemm_peers.GEMM_PEERS.items()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bench.peers import not_installed
 
 GROUP = 32
 # Bits of a weight with its scale in bfloat16 or float16.
@@ -116,5 +117,4 @@ GEMM_PEERS = {
 
 def absent(name: str) -> str | None:
     """Why a peer cannot run here, or None."""
-    missing = [module for module in GEMM_PEERS[name].needs if find_spec(module) is None]
-    return f"not installed: {', '.join(missing)}" if missing else None
+    return not_installed(GEMM_PEERS[name].needs)

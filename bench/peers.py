@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -115,7 +115,12 @@ def reason_absent(name: str, model: str) -> str | None:
     own = PEERS[name].own
     if own is not None and own[1] != model:
         return f"has weights of {own[1]} only"
-    missing = [module for module in PEERS[name].needs if find_spec(module) is None]
+    return not_installed(PEERS[name].needs)
+
+
+def not_installed(modules: Sequence[str]) -> str | None:
+    """Which of ``modules`` are not, as a reason; None if all are."""
+    missing = [module for module in modules if find_spec(module) is None]
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
