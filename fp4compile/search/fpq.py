@@ -148,7 +148,7 @@ def _decisions(problem: GroupProblem, tokens: Tokens, moved_by: Tensor | None) -
     }
     problem = replace(problem, decided={**problem.decided, **tied})
     weights, activation = _alternate(problem, tokens, OutputError.of_inputs(moment))
-    if problem.options.rounding == "nearest":
+    if problem.options.rounding == "nearest" or problem.decided.keys() >= problem.weights.keys():
         return [(weights, activation)]
     noisy = noisy_inputs(tokens, moment, activation)
     return [(weights, activation), (_compensated(problem, noisy, weights), activation)]
