@@ -28,10 +28,15 @@ LARGEST_ERROR = 0.08
 NEEDS = {"Llama with LoRA (peft)": "peft", "Llama with merged LoRA": "peft"}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def where_installed(name):
+    """The name as a parameter, where what it needs is installed."""
+    needs = NEEDS.get(name)
+    absent = needs is not None and find_spec(needs) is None
+    return pytest.param(name, marks=pytest.mark.skipif(absent, reason=f"{needs} is not installed"))
+
+
+@pytest.mark.parametrize("name", map(where_installed, FAMILIES))
 def test_a_family_is_quantized_and_runs(name):
-    if name in NEEDS and find_spec(NEEDS[name]) is None:
-        pytest.skip(f"{NEEDS[name]} is not installed")
     result = check(name)
     assert result.quantized > 0
     assert result.kept_names == FAMILIES[name].kept
@@ -60,11 +65,11 @@ def test_folds_reach_through_attention_and_fused_projections(name, folds):
     assert count_folds(name) == folds
 
 
-@pytest.mark.parametrize("name", ["nn.TransformerEncoder", "Llama with LoRA (peft)"])
+@pytest.mark.parametrize(
+    "name", map(where_installed, ["nn.TransformerEncoder", "Llama with LoRA (peft)"])
+)
 def test_a_family_is_one_graph_to_dynamo(name):
     """The table of the docs has all."""
-    if name in NEEDS and find_spec(NEEDS[name]) is None:
-        pytest.skip(f"{NEEDS[name]} is not installed")
     assert compiles_whole(name)
 
 
