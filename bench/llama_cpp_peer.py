@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,17 +16,25 @@ CONTEXT = 2048
 
 
 class LlamaCpp:
-    """The demo's model from the GGUF file in which it comes, 4 bits in blocks of 32 (Q4_1)."""
+    """The demo's model from the GGUF file in which it comes, 4 bits in blocks of 32 (Q4_1), or
+    rounded again to another type: its speed is what counts.
 
-    def __init__(self) -> None:
+    Args:
+        file_type: the suffix of a ``LLAMA_FTYPE_MOSTLY_`` constant, such as ``"Q4_0"``.
+    """
+
+    def __init__(self, file_type: str) -> None:
         from llama_cpp import Llama, llama_get_logits_ith
 
         from fp4compile.demo_model import gguf_path
 
         self._logits_at = llama_get_logits_ith
         threads = torch.get_num_threads()
+        path = gguf_path()
+        if file_type != "Q4_1":
+            path = _requantized(path, file_type)
         self._llama = Llama(
-            str(gguf_path()),
+            str(path),
             n_ctx=CONTEXT,
             n_batch=CONTEXT,
             n_ubatch=512,
@@ -47,3 +58,22 @@ class LlamaCpp:
             next_tokens = [int(logits.argmax())]
             streamer.put(torch.tensor(next_tokens))
         streamer.end()
+
+
+def _requantized(path: Path, file_type: str) -> Path:
+    """A copy of the file at ``path`` in another type, which stays until the machine tidies up."""
+    import llama_cpp
+
+    target = Path(tempfile.gettempdir(), f"{path.stem}-{file_type}.gguf")
+    if not target.exists():
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+        params.allow_requantize = True
+        partial = target.with_suffix(".partial")
+        status = llama_cpp.llama_model_quantize(
+            str(path).encode(), str(partial).encode(), ctypes.byref(params)
+        )
+        if status != 0:
+            raise RuntimeError(f"llama.cpp could not write {path} as {file_type}: status {status}")
+        partial.rename(target)
+    return target

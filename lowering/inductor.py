@@ -489,10 +489,18 @@ def _unfused(template: Any) -> Any:
     return result
 
 
-def one_kernel(name: str, source: str, problem: Any, inputs: dict[str, Any]) -> Any:
-    """IR node of the size and dtype of the first input, computed by the kernel text ``source``."""
+def one_kernel(
+    name: str,
+    source: str,
+    problem: Any,
+    inputs: dict[str, Any],
+    strides: Sequence[Any] | None = None,
+) -> Any:
+    """IR node of the size and dtype of the first input, computed by the kernel text ``source``,
+    contiguous unless ``strides`` say otherwise.
+    """
     first = next(iter(inputs.values()))
-    layout = ir.FixedLayout(first.get_device(), first.get_dtype(), first.get_size())
+    layout = ir.FixedLayout(first.get_device(), first.get_dtype(), first.get_size(), strides)
     template = OneKernelTemplate(name, source, problem, _distinct(inputs), layout)
     return _unfused(template)
 

@@ -126,18 +126,21 @@ class ActivationProblem:
 
 @dataclass(frozen=True)
 class AttentionProblem:
-    """One call of ``fp4::attend``: ``rows`` queries per head of ``head`` channels. Batch, heads and
-    length are run-time values.
+    """One call of ``fp4::attend``: ``rows`` queries per head (None: any number) of ``head``
+    channels. Batch, heads and length are run-time values.
     """
 
-    rows: int
+    rows: int | None
     head: int
     dtype: torch.dtype
     scale: float
-    device: str = "cpu"
+    causal: bool
+    rows_first: bool
+    device: str
 
     def __str__(self) -> str:
-        return f"attend {self.rows} x {self.head} {str(self.dtype).removeprefix('torch.')}"
+        rows = "any" if self.rows is None else self.rows
+        return f"attend {rows} x {self.head} {str(self.dtype).removeprefix('torch.')}"
 
 
 def bfloat16_bits(value: int) -> int:

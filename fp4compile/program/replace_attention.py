@@ -1,4 +1,4 @@
-"""Decode steps attend through ``fp4::attend``."""
+"""Attention goes through ``fp4::attend``."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 import fp4compile.ops  # noqa: F401  (defines fp4::attend)
 from fp4compile.program.capture import BLOCK, Capture
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-# Query rows per head: the heads that share a key may be among them.
-MAX_ROWS = 16
 
 
 def replace_attention(capture: Capture) -> None:
-    """Rewrite ``capture.graph`` where there are few queries per head."""
+    """Rewrite ``capture.graph`` where our kernel is the faster one."""
     for node in capture.graph.find_nodes(op="call_function", target=_FLASH):
         results = list(node.users)
         if not _fits(node) or any(_position(user) != 0 for user in results if user.users):
             continue
-        query, key, value = node.args[:3]
+        query, key, value, *rest = node.args
+        options = {
+            "causal": bool(rest[1:] and rest[1]),
+            "rows_first": not node.meta["val"][0].is_contiguous(),
+        }
         scale = node.kwargs.get("scale") or query.meta["val"].shape[-1] ** -0.5
         mask = node.kwargs.get("attn_mask")
         for user in results:
@@ -31,7 +34,7 @@ def replace_attention(capture: Capture) -> None:
                 continue
             with capture.graph.inserting_before(user):
                 new = capture.graph.call_function(
-                    torch.ops.fp4.attend.default, (query, key, value, mask, scale)
+                    torch.ops.fp4.attend.default, (query, key, value, mask, scale), options
                 )
             new.meta = {BLOCK: node.meta[BLOCK], "val": user.meta["val"]}
             user.replace_all_uses_with(new)
@@ -47,14 +50,22 @@ def _fits(node: fx.Node) -> bool:
     arguments: list[Any] = [*node.args, *(0.0, False)[len(node.args) - 3 :]]
     query, key, value = (argument.meta["val"] for argument in arguments[:3])
     dropout, causal = arguments[3:5]
-    rows, mask = query.shape[2], node.kwargs.get("attn_mask")
+    mask = node.kwargs.get("attn_mask")
+    result = node.meta["val"][0]
+    few = query.shape[2] == 1
     return (
         (mask is None or mask.meta["val"].dim() == 4)  # type: ignore[union-attr]
-        and isinstance(rows, int)
-        and rows <= MAX_ROWS
         and isinstance(query.shape[3], int)
         and query.shape[3] == value.shape[3]
         and query.shape[1] == key.shape[1]
         and not dropout
-        and not causal
+        and (result.is_contiguous() or result.transpose(1, 2).is_contiguous())
+        and not (causal and mask is not None)
+        and (few or _many_are_fast(query.dtype))
     )
+
+
+def _many_are_fast(dtype: torch.dtype) -> bool:
+    """torch's kernel has matrix tiles for 16 bits where the CPU has them; ours needs vectors."""
+    tiles = dtype != torch.float32 and torch.cpu._is_amx_tile_supported()
+    return bool(pick_vec_isa()) and not tiles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 
 from fp4compile.kernels import REFERENCE
@@ -13,32 +14,48 @@ from fp4compile.lowering.config import config
 from fp4compile.lowering.problem import AttentionProblem
 from fp4compile.lowering.targets.template import text
 
+# Up to so many query rows per head, the kernel for few; the heads that share a key may be rows.
+MAX_FEW_ROWS = 16
+
 _OP = torch.ops.fp4.attend.default
 _reference = inductor.eager_reference(_OP)
 
 
 @inductor.register(_OP)
-def attend(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
+def attend(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    scale: float,
+    causal: bool = False,
+    rows_first: bool = False,
+) -> Any:
+    _, heads, rows, head = query.get_size()
+    few = not causal and isinstance(rows, int | sympy.Integer) and rows <= MAX_FEW_ROWS
     problem = AttentionProblem(
-        rows=inductor.static_int(query.get_size()[2]),
-        head=inductor.static_int(query.get_size()[3]),
+        rows=int(rows) if few else None,
+        head=inductor.static_int(head),
         dtype=query.get_dtype(),
         scale=scale,
+        causal=causal,
+        rows_first=rows_first,
         device=query.get_device().type,
     )
     reason = _declines(problem)
     if reason is not None:
         record(problem, REFERENCE, (reason,))
-        return _reference(query, key, value, mask, scale)
+        return _reference(query, key, value, mask, scale, causal, rows_first)
     record(problem, "cpp")
     inputs = {"query": query, "key": key, "value": value}
     if mask is not None:
         inputs["mask"] = mask
     return inductor.one_kernel(
         "fp4_attend",
-        text("attend"),
+        "\n".join(map(text, ("attend_vectors", "attend" if few else "attend_rows"))),
         problem,
         {name: inductor.contiguous(node) for name, node in inputs.items()},
+        strides=[rows * heads * head, head, heads * head, 1] if rows_first else None,
     )
 
 

@@ -23,13 +23,26 @@ attend = torch.ops.fp4.attend
         (3, 64, torch.bfloat16, (2, 1, 1)),
         (5, 20, torch.float32, (2, 3, 5)),
         (2, 7, torch.float16, None),
+        (65, 64, torch.float32, (1, 1, 65)),
+        (200, 80, torch.bfloat16, (2, 1, 200)),
+        (200, 7, torch.bfloat16, (2, 3, 200)),
+        (20, 20, torch.float16, (1, 3, 1)),
+        (40, 128, torch.float32, None),
+        (40, 18, torch.bfloat16, "causal"),
+        (500, 64, torch.float32, "causal"),
     ],
 )
 def test_equals_eager(
-    compiled: Make, rows: int, head: int, dtype: torch.dtype, mask_shape: tuple[int, ...] | None
+    compiled: Make,
+    rows: int,
+    head: int,
+    dtype: torch.dtype,
+    mask_shape: tuple[int, ...] | str | None,
 ) -> None:
+    causal = mask_shape == "causal"
+
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return attend(query, key, value, mask, 0.3) + 1
+        return attend(query, key, value, mask, 0.3, causal, rows > 50) + 1
 
     fast = compiled(run)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
@@ -38,10 +51,13 @@ def test_equals_eager(
         query = torch.randn(2, 3, rows, head).to(dtype)
         key, value = torch.randn(2, 2, 3, length, head).to(dtype)
         mask = None
-        if mask_shape is not None:
+        if isinstance(mask_shape, tuple):
             hidden = torch.rand(*mask_shape, length) < 0.4
+            # Whole panels of keys, too, and of the first rows all but one.
+            hidden[..., 100:400] = True
+            hidden[..., :7, 1:] = True
             hidden[..., 0] = False
-            mask = torch.where(hidden, -torch.inf, 0.0).to(dtype)
+            mask = torch.where(hidden, -torch.inf, torch.randn(hidden.shape)).to(dtype)
         torch.testing.assert_close(
             fast(query, key, value, mask),
             run(query, key, value, mask),
@@ -51,8 +67,22 @@ def test_equals_eager(
     assert {choice.target for choice in SEEN} == {"cpp"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_and_free_rows_do_not_change_it(compiled: Make, dtype: torch.dtype) -> None:
+    """A mask of zeros, or none; one thread, or two: the same bits."""
+    query, key, value = torch.randn(3, 1, 2, 300, 64).to(dtype)
+    fast = compiled(lambda mask: attend(query, key, value, mask, 0.125))
+    results = []
+    for mask in (None, torch.zeros(1, 1, 300, 300, dtype=dtype)):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(fast(mask))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_nothing_to_attend_to(compiled: Make) -> None:
     key = torch.randn(1, 1, 4, 16)
     mask = torch.full((1, 1, 1, 4), -torch.inf)
     fast = compiled(lambda query: attend(query, key, key, mask, 1.0))
     assert torch.equal(fast(torch.randn(1, 1, 2, 16)), torch.zeros(1, 1, 2, 16))
+    assert torch.equal(fast(torch.randn(1, 1, 30, 16)), torch.zeros(1, 1, 30, 16))
