@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 import fp4compile.ops  # noqa: F401  (defines fp4::attend)
 from fp4compile.program.capture import BLOCK, Capture
@@ -16,7 +15,7 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def replace_attention(capture: Capture) -> None:
-    """Rewrite ``capture.graph`` where our kernel is the faster one."""
+    """Rewrite ``capture.graph`` where it is attention in one call without dropout."""
     for node in capture.graph.find_nodes(op="call_function", target=_FLASH):
         results = list(node.users)
         if not _fits(node) or any(_position(user) != 0 for user in results if user.users):
@@ -52,7 +51,6 @@ def _fits(node: fx.Node) -> bool:
     dropout, causal = arguments[3:5]
     mask = node.kwargs.get("attn_mask")
     result = node.meta["val"][0]
-    few = query.shape[2] == 1
     return (
         (mask is None or mask.meta["val"].dim() == 4)  # type: ignore[union-attr]
         and isinstance(query.shape[3], int)
@@ -61,11 +59,4 @@ def _fits(node: fx.Node) -> bool:
         and not dropout
         and (result.is_contiguous() or result.transpose(1, 2).is_contiguous())
         and not (causal and mask is not None)
-        and (few or _many_are_fast(query.dtype))
     )
-
-
-def _many_are_fast(dtype: torch.dtype) -> bool:
-    """torch's kernel has matrix tiles for 16 bits where the CPU has them; ours needs vectors."""
-    tiles = dtype != torch.float32 and torch.cpu._is_amx_tile_supported()
-    return bool(pick_vec_isa()) and not tiles

@@ -6,6 +6,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 from fp4compile.kernels import REFERENCE
 from fp4compile.lowering import inductor
@@ -64,4 +65,12 @@ def _declines(problem: AttentionProblem) -> str | None:
         return f"the query is on {problem.device}"
     if config.cpu_target == REFERENCE:
         return "forced by config.cpu_target"
+    if problem.rows is None and not pick_vec_isa():
+        return "torch's kernel of many rows is faster without vector instructions"
+    if (
+        problem.rows is None
+        and problem.dtype != torch.float32
+        and torch.cpu._is_amx_tile_supported()
+    ):
+        return "torch's kernel of many rows multiplies 16 bits with AMX tiles"
     return None
