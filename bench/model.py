@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -74,12 +74,17 @@ class _Worker:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(f"the process of {self.name!r} ended with {self._process.wait()}")
+        raise _EndedError(f"its process ended with {self._process.wait()}; its error is above")
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it may have ended
+            self._process.stdin.close()
         self._process.wait()
+
+
+class _EndedError(RuntimeError):
+    """A candidate's process is no more."""
 
 
 def run(
@@ -96,15 +101,20 @@ def run(
                 yield Skipped(name, reason)
                 continue
             cache = stack.enter_context(tempfile.TemporaryDirectory())
-            cold = _Worker(name, model, threads, prompt, cache)
-            first[name] = cold.ask("compile")
-            warm[name] = None
-            if PEERS[name].compiles:
-                cold.close()
-                cold = _Worker(name, model, threads, prompt, cache)
-                warm[name] = cold.ask("compile")["seconds"]
-            workers[name] = cold
-            stack.callback(cold.close)
+            worker = _Worker(name, model, threads, prompt, cache)
+            stack.callback(worker.close)
+            try:
+                first[name] = worker.ask("compile")
+                warm[name] = None
+                if PEERS[name].compiles:
+                    worker.close()
+                    worker = _Worker(name, model, threads, prompt, cache)
+                    stack.callback(worker.close)
+                    warm[name] = worker.ask("compile")["seconds"]
+            except _EndedError as error:
+                yield Skipped(name, str(error))
+                continue
+            workers[name] = worker
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
         for _ in range(repetitions):
             for name, worker in workers.items():

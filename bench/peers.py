@@ -56,9 +56,10 @@ def _compile(model: Any) -> Any:
 
 
 def _torchao_int4(model: Any) -> Any:
-    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
 
-    quantize_(model, Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque"))
+    quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=32))
     return _compile(model)
 
 

@@ -430,6 +430,11 @@ def static_int(size: Any) -> int:
     return int(V.graph.sizevars.guard_int(size))
 
 
+def known_int(size: Any) -> int | None:
+    """Value of a size, or None if it is symbolic."""
+    return None if getattr(size, "free_symbols", None) else int(size)
+
+
 def as_matrix(node: Any) -> Any:
     """``node`` realized, contiguous and viewed as ``[rows, last dimension]``."""
     columns = node.get_size()[-1]

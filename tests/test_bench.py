@@ -61,10 +61,13 @@ def test_a_configuration_is_measured(name, monkeypatch):
 
 def test_a_whole_model_is_measured_and_an_absent_peer_is_skipped(monkeypatch):
     monkeypatch.setitem(peers.PEERS, "absent", peers.Peer(lambda m: m, needs=("no_such_module",)))
-    skipped, result = model.run(
-        ["absent", "fp32 eager"], "llama-tiny", threads=1, prompt=8, new=4, repetitions=2
+    # A process knows only what is in the module.
+    monkeypatch.setitem(peers.PEERS, "failing", peers.Peer())
+    skipped, failed, result = model.run(
+        ["absent", "failing", "fp32 eager"], "llama-tiny", 1, prompt=8, new=4, repetitions=2
     )
     assert skipped == model.Skipped("absent", "not installed: no_such_module")
+    assert failed == model.Skipped("failing", "its process ended with 1; its error is above")
     assert result.name == "fp32 eager"
     assert result.compile_warm is None
     assert 0 < result.token_ms_p50 <= result.token_ms_p95

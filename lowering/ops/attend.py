@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
@@ -33,9 +32,10 @@ def attend(
     rows_first: bool = False,
 ) -> Any:
     _, heads, rows, head = query.get_size()
-    few = not causal and isinstance(rows, int | sympy.Integer) and rows <= MAX_FEW_ROWS
+    known = inductor.known_int(rows)
+    few = not causal and known is not None and known <= MAX_FEW_ROWS
     problem = AttentionProblem(
-        rows=int(rows) if few else None,
+        rows=known if few else None,
         head=inductor.static_int(head),
         dtype=query.get_dtype(),
         scale=scale,

@@ -116,12 +116,15 @@ def test_generate_writes_the_tokens_of_the_eager_model(
     assert programs == [2, 2], "more than a prompt and a step were compiled"
 
 
-def test_a_draft_in_fp4_assists_the_full_precision_model(
-    full: tuple[Any, torch.Tensor], smollm2: Any, ids: torch.Tensor
+def test_with_a_growing_cache_and_as_a_draft_too(
+    full: tuple[Any, torch.Tensor], smollm2: Any, compiled: Any, ids: torch.Tensor, portable: None
 ) -> None:
-    model, prompt = full[0], prompts(ids, 1, 12)
-    expected = model.generate(**prompt, max_new_tokens=6, **GREEDY)
-    got = model.generate(**prompt, assistant_model=smollm2, max_new_tokens=6, **GREEDY)
+    prompt = prompts(ids, 1, 12)
+    expected = smollm2.generate(**prompt, max_new_tokens=6, **GREEDY)
+    got = compiled.generate(**prompt, max_new_tokens=6, cache_implementation="dynamic", **GREEDY)
+    assert torch.equal(got, expected)
+    expected = full[0].generate(**prompt, max_new_tokens=6, **GREEDY)
+    got = full[0].generate(**prompt, assistant_model=compiled, max_new_tokens=6, **GREEDY)
     assert torch.equal(got, expected)
 
 
