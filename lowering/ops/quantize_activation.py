@@ -24,6 +24,8 @@ _OP = torch.ops.fp4.quantize_activation.default
 _reference = inductor.eager_reference(_OP)
 FLOAT32_EXPONENT = 0x7F800000
 MAX_CHANNELS = 2**17
+# Binades with a coarser step, up to which comparing with each is faster than looking at bits.
+MAX_COMPARED = 3
 
 
 @inductor.register_as_aten(_OP)
@@ -140,14 +142,27 @@ def _scale_for_max(maximum: Tensor, fmt: FloatFormat) -> Tensor:
 def _round_steps(steps: Tensor, fmt: FloatFormat) -> Tensor:
     """As ``numerics.round_steps``, which saves memory by mutating what it made."""
     bound = float(fmt.max_integer)
-    # clamp keeps NaN; no code holds it, so it becomes 0.
-    clipped = torch.where(steps.isnan(), 0.0, steps.clamp(-bound, bound))
+    # clamp keeps NaN; no code holds it, so it becomes 0. C++ calls isnan for every lane.
+    clipped = torch.where(steps != steps, 0.0, steps.clamp(-bound, bound))
     if fmt.mantissa_bits == 0:
         return _round_to_power_of_two(clipped)
-    binade = (clipped.view(torch.int32) & FLOAT32_EXPONENT).view(torch.float32)
     # float32 has no bits below one quantum here, so the adder rounds to nearest even.
-    magic = (binade * 2.0**-fmt.mantissa_bits).clamp(min=1.0) * (1.5 * 2**23)
+    magic = _quantum(clipped, fmt) * (1.5 * 2**23)
     return (clipped + magic) - magic
+
+
+def _quantum(steps: Tensor, fmt: FloatFormat) -> Tensor:
+    """Distance of neighbours in the binade of ``steps``."""
+    coarse = [2.0**e for e in range(fmt.mantissa_bits + 1, 128) if 2**e <= fmt.max_integer]
+    if len(coarse) <= MAX_COMPARED:
+        # C++ casts the bits of every lane by itself.
+        magnitude = steps.abs()
+        quantum = torch.ones_like(steps)
+        for number, start in enumerate(coarse):
+            quantum = torch.where(magnitude >= start, 2.0 ** (number + 1), quantum)
+        return quantum
+    binade = (steps.view(torch.int32) & FLOAT32_EXPONENT).view(torch.float32)
+    return (binade * 2.0**-fmt.mantissa_bits).clamp(min=1.0)
 
 
 def _round_to_power_of_two(steps: Tensor) -> Tensor:
