@@ -12,6 +12,7 @@ import torch
 import typer
 
 from bench import accuracy as accuracy_bench
+from bench import calibrate as calibrate_bench
 from bench import digits as digits_bench
 from bench import families as families_bench
 from bench import gemm as gemm_bench
@@ -22,9 +23,10 @@ from bench.compare import DEFAULT_NOISE
 from bench.compare import compare as compare_files
 from bench.configurations import CONFIGURATIONS
 from bench.gemm_peers import GEMM_PEERS, absent
-from bench.machine import measure_machine
+from bench.machine import Rate, measure_machine
 from bench.peers import MODELS, PEERS
 from fp4compile.lowering.gpus import GPUS, gpu_by_name
+from fp4compile.search import METHODS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -103,29 +105,33 @@ def model(
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads for everybody.")] = 1,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    batch: Annotated[list[int], typer.Option(min=1, help="Batch size; repeatable.")] = [1],  # noqa: B006
     new: Annotated[int, typer.Option(help="Tokens decoded per turn.")] = 32,
     repetitions: Annotated[int, typer.Option(help="Turns per candidate.")] = 5,
     json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
 ) -> None:
-    """A whole model at batch 1: prefill and decode, compile time cold and warm, peak memory."""
+    """A whole model: prefill and decode, compile time cold and warm, peak memory."""
     (name,) = _known([name], MODELS)
     names = _known(only, PEERS)
-    for result in model_bench.run(names, name, threads, prompt, new, repetitions):
+    for result in model_bench.run(
+        names, name, threads, prompt=prompt, batches=batch, new=new, repetitions=repetitions
+    ):
         if isinstance(result, model_bench.Skipped):
             typer.echo(f"{result.name:<22}skipped: {result.reason}")
             continue
         warm = "" if result.compile_warm is None else f", warm {result.compile_warm:.0f}"
         typer.echo(
-            f"{result.name:<22}prefill {_spread(result.prefill)}  decode {_spread(result.decode)} "
-            f"tokens/s  token {result.token_ms_p50:.2f} ms, 95% below {result.token_ms_p95:.2f}  "
+            f"{result.name:<22}batch {result.batch}  prefill {_spread(result.prefill)}  "
+            f"decode {_spread(result.decode)} tokens/s  "
+            f"token {result.token_ms_p50:.2f} ms, 95% below {result.token_ms_p95:.2f}  "
             f"first call {result.compile_cold:.0f} s{warm}  "
             f"peak {result.peak_bytes / 2**30:.2f} GiB"
         )
         _append(json_path, result.to_json())
 
 
-def _spread(spread: tuple[float, float, float]) -> str:
-    return "{:.0f} ({:.0f} to {:.0f})".format(*spread)
+def _spread(rate: Rate) -> str:
+    return f"{rate.median:.0f} ({rate.low:.0f} to {rate.high:.0f})"
 
 
 @app.command()
@@ -146,6 +152,28 @@ def accuracy(
         typer.echo(
             f"{result.name:<42}{result.perplexity:9.2f}  {result.bits_per_weight:5.2f} bits"
             f"{result.seconds:7.0f} s  peak {result.peak_bytes / 2**30:.2f} GiB  {errors}"
+        )
+        _append(json_path, asdict(result))
+
+
+@app.command()
+def calibrate(
+    spec: Annotated[str, typer.Option(help="A preset.")] = "w4a4",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "fpq",
+    layers: Annotated[list[int], typer.Option(min=1, help="Layers; repeatable.")] = [1, 2, 4],  # noqa: B006
+    hidden: Annotated[list[int], typer.Option(min=64, help="Channels; repeatable.")] = [576],  # noqa: B006
+    sequences: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 256,
+    threads: Annotated[int, typer.Option(help="Threads.")] = 2,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
+) -> None:
+    """Llamas of several sizes, random weights: seconds and peak memory of calibration."""
+    (method,) = _known([method], METHODS)
+    for result in calibrate_bench.run(spec, method, layers, hidden, sequences, length, threads):
+        typer.echo(
+            f"{result.layers:3} layers of {result.hidden}: {result.weights / 1e6:7.1f} M weights"
+            f"{result.seconds:8.1f} s{result.seconds / result.weights * 1e6:7.2f} s per million"
+            f"  peak {result.peak_bytes / 2**30:.2f} GiB, model {result.model_bytes / 2**30:.2f}"
         )
         _append(json_path, asdict(result))
 

@@ -19,6 +19,10 @@ LESS_IS_BETTER = {
     "prefill": False,
     "decode": False,
     "tokens_per_second": False,
+    "token_ms_p50": True,
+    "token_ms_p95": True,
+    "compile_cold": True,
+    "compile_warm": True,
     "acc,none": False,
     # Of bench machine: rates.
     "read_bandwidth": False,
@@ -29,7 +33,16 @@ LESS_IS_BETTER = {
 SPREAD = frozenset({"median", "low", "high"})
 # Follow from what is measured, or say nothing about what was: no part of a row's identity.
 DERIVED = frozenset(
-    {"gops", "bandwidth_share", "layer_errors", "model_bytes", "machine", "tokens", "speedup"}
+    {
+        "gops",
+        "bandwidth_share",
+        "layer_errors",
+        "model_bytes",
+        "machine",
+        "tokens",
+        "speedup",
+        "weights",
+    }
 )
 # A value without a spread may differ by so much of itself: repeated runs of one commit did.
 DEFAULT_NOISE = 0.05

@@ -249,11 +249,17 @@ FAMILIES: dict[str, Family] = {
         ),
         _speech,
         "encoder-decoder",
+        generates=True,
         # The convolutions overlap; the decoder's positions are taken by index.
         kept=frozenset({"weight"}),
     ),
     "Llama with LoRA (peft)": Family(
-        _lora, _text, "language model", kept=frozenset({"weight"}), ignore=("*.lora_*",)
+        _lora,
+        _text,
+        "language model",
+        generates=True,
+        kept=frozenset({"weight"}),
+        ignore=("*.lora_*",),
     ),
     "Llama with merged LoRA": Family(_merged_lora, _text, "language model", generates=True),
     **{
@@ -332,7 +338,10 @@ def _quantize(model: Any, family: Family, spec: str, **options: Any) -> Any:
 
 def _generates(model: Any, batch: Batch) -> bool:
     """Three tokens, prefill and decode."""
-    prompt = {"input_ids": batch["input_ids"][:2, :4]}
+    if "input_features" in batch:
+        prompt = {"input_features": batch["input_features"][:2]}
+    else:
+        prompt = {"input_ids": batch["input_ids"][:2, :4]}
     out = model.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     return bool(out.shape[1] >= 4)
 

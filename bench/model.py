@@ -16,23 +16,27 @@ from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
 
+from bench.machine import Rate
 from bench.peers import PEERS, reason_absent
+
+# Tokens of a call that compiles what a batch size needs.
+WARM_UP = 3
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """Tokens per second of a prompt of ``prompt`` tokens and of decoding after it, as (median,
-    lowest, highest) over the turns; milliseconds per decoded token; seconds until the first
-    prefill and decode were done, with an empty compiler cache and with a full one; peak memory of
-    the process.
+    """Tokens per second, of all of the batch, of prompts of ``prompt`` tokens and of decoding after
+    them; milliseconds per step of decoding; seconds until the first prefill and decode were done,
+    with an empty compiler cache and with a full one; peak memory of the process.
     """
 
     name: str
     model: str
     threads: int
     prompt: int
-    prefill: tuple[float, float, float]
-    decode: tuple[float, float, float]
+    batch: int
+    prefill: Rate
+    decode: Rate
     token_ms_p50: float
     token_ms_p95: float
     compile_cold: float
@@ -88,9 +92,16 @@ class _EndedError(RuntimeError):
 
 
 def run(
-    names: Sequence[str], model: str, threads: int, prompt: int, new: int, repetitions: int
+    names: Sequence[str],
+    model: str,
+    threads: int,
+    *,
+    prompt: int,
+    batches: Sequence[int],
+    new: int,
+    repetitions: int,
 ) -> Iterator[ModelResult | Skipped]:
-    """A result or a reason per candidate."""
+    """A result per candidate and batch size, or a reason."""
     with ExitStack() as stack:
         workers: dict[str, _Worker] = {}
         first: dict[str, dict[str, Any]] = {}
@@ -100,53 +111,60 @@ def run(
             if reason is not None:
                 yield Skipped(name, reason)
                 continue
+            start = f"measure {WARM_UP} {1 if PEERS[name].own else batches[0]}"
             cache = stack.enter_context(tempfile.TemporaryDirectory())
             worker = _Worker(name, model, threads, prompt, cache)
             stack.callback(worker.close)
             try:
-                first[name] = worker.ask("compile")
+                first[name] = worker.ask(start)
                 warm[name] = None
                 if PEERS[name].compiles:
                     worker.close()
                     worker = _Worker(name, model, threads, prompt, cache)
                     stack.callback(worker.close)
-                    warm[name] = worker.ask("compile")["seconds"]
+                    warm[name] = worker.ask(start)["seconds"]
             except _EndedError as error:
                 yield Skipped(name, str(error))
                 continue
             workers[name] = worker
-        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-        for _ in range(repetitions):
+        for batch in batches:
+            turns: dict[str, list[dict[str, Any]]] = {}
             for name, worker in workers.items():
-                turns[name].append(worker.ask(f"measure {new}"))
-        for name in workers:
-            yield _result(name, model, threads, prompt, first[name], warm[name], turns[name])
+                if batch > 1 and PEERS[name].own:
+                    yield Skipped(name, "is driven with batch 1 only")
+                    continue
+                worker.ask(f"measure {WARM_UP} {batch}")
+                turns[name] = []
+            for _ in range(repetitions):
+                for name, found in turns.items():
+                    found.append(workers[name].ask(f"measure {new} {batch}"))
+            for name, found in turns.items():
+                measured = _measured(found, prompt, batch)
+                yield ModelResult(
+                    name,
+                    model,
+                    threads,
+                    prompt,
+                    batch,
+                    *measured,
+                    first[name]["seconds"],
+                    warm[name],
+                    max(turn["peak_bytes"] for turn in found),
+                )
 
 
-def _result(
-    name: str,
-    model: str,
-    threads: int,
-    prompt: int,
-    first: dict[str, Any],
-    warm: float | None,
-    turns: list[dict[str, Any]],
-) -> ModelResult:
+def _measured(
+    turns: Sequence[dict[str, Any]], prompt: int, batch: int
+) -> tuple[Rate, Rate, float, float]:
+    """Rates of prefill and decode, and milliseconds per step: the median, and above 95%."""
     milliseconds = [ms for turn in turns for ms in turn["token_ms"]]
-    return ModelResult(
-        name,
-        model,
-        threads,
-        prompt,
-        _spread([prompt / turn["prefill"] for turn in turns]),
-        _spread([1e3 / median(turn["token_ms"]) for turn in turns]),
+    return (
+        _rate([batch * prompt / turn["prefill"] for turn in turns]),
+        _rate([batch * 1e3 / median(turn["token_ms"]) for turn in turns]),
         median(milliseconds),
         quantiles(milliseconds, n=20)[-1],
-        first["seconds"],
-        warm,
-        max(turn["peak_bytes"] for turn in turns),
     )
 
 
-def _spread(values: list[float]) -> tuple[float, float, float]:
-    return median(values), min(values), max(values)
+def _rate(values: list[float]) -> Rate:
+    return Rate(median(values), min(values), max(values))

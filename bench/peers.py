@@ -184,18 +184,19 @@ def _generate(model: Any, ids: Tensor, new: int) -> dict[str, Any]:
 
 
 def main(name: str, model_name: str, threads: int, prompt: int) -> None:
-    """Answer requests from standard input with a line of JSON each."""
+    """Answer requests from standard input, ``measure NEW BATCH``, with a line of JSON each."""
     torch.set_num_threads(threads)
     peer = PEERS[name]
     model = peer.own[0]() if peer.own else peer.prepare(load(model_name, peer.dtype))
     # All tokens, whatever they are; asking for a minimum costs a pass over the logits.
     model.generation_config.eos_token_id = None
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, model.config.vocab_size, (1, prompt), generator=generator)
     for line in sys.stdin:
-        request, *argument = line.split()
+        _, new, batch = line.split()
+        generator = torch.Generator().manual_seed(0)
+        shape = (int(batch), prompt)
+        ids = torch.randint(5, model.config.vocab_size, shape, generator=generator)
         start = time.perf_counter()
-        answer = _generate(model, ids, int(argument[0]) if request == "measure" else 3)
+        answer = _generate(model, ids, int(new))
         answer["seconds"] = time.perf_counter() - start
         answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(answer), flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 from models import VOCABULARY, tiny_llama
 from typer.testing import CliRunner
 
-from bench import accuracy, gemm, model, peers
+from bench import accuracy, calibrate, gemm, model, peers
 from bench.__main__ import app
+from bench.compare import compare
 from bench.gemm_peers import GEMM_PEERS, absent
 from bench.timing import interleave
 from fp4compile.search import METHODS
@@ -59,23 +62,37 @@ def test_a_configuration_is_measured(name, monkeypatch):
     assert (not result.layer_errors) == (name == "full precision")
 
 
-def test_a_whole_model_is_measured_and_an_absent_peer_is_skipped(monkeypatch):
+def test_a_whole_model_is_measured_and_an_absent_peer_is_skipped(monkeypatch, tmp_path):
     monkeypatch.setitem(peers.PEERS, "absent", peers.Peer(lambda m: m, needs=("no_such_module",)))
     # A process knows only what is in the module.
     monkeypatch.setitem(peers.PEERS, "failing", peers.Peer())
-    skipped, failed, result = model.run(
-        ["absent", "failing", "fp32 eager"], "llama-tiny", 1, prompt=8, new=4, repetitions=2
+    names = ["absent", "failing", "fp32 eager"]
+    skipped, failed, result, twice = model.run(
+        names, "llama-tiny", 1, prompt=8, batches=[1, 2], new=4, repetitions=2
     )
     assert skipped == model.Skipped("absent", "not installed: no_such_module")
     assert failed == model.Skipped("failing", "its process ended with 1; its error is above")
     assert result.name == "fp32 eager"
     assert result.compile_warm is None
     assert 0 < result.token_ms_p50 <= result.token_ms_p95
-    assert all(low <= middle <= high for middle, low, high in (result.prefill, result.decode))
+    assert all(rate.low <= rate.median <= rate.high for rate in (result.prefill, result.decode))
+    assert (result.batch, twice.batch) == (1, 2)
+    (tmp_path / "a.jsonl").write_text(json.dumps(result.to_json()))
+    (tmp_path / "b.jsonl").write_text(json.dumps(replace(result, token_ms_p50=0.0).to_json()))
+    changes = {change.metric for change in compare(*sorted(tmp_path.iterdir())).changes}
+    assert {"prefill", "decode", "token_ms_p95", "compile_cold", "peak_bytes"} <= changes
 
 
 def test_a_peer_with_weights_of_its_own_runs_no_other_model():
     assert peers.reason_absent("llama.cpp q4_1", "llama-1.1b") == "has weights of smollm2-135m only"
+
+
+def test_calibration_is_measured_by_size():
+    small, large = calibrate.run("w4a4", "minmax", [1], [64, 128], 2, 8, threads=1)
+    assert (small.hidden, large.hidden) == (64, 128)
+    assert 0 < small.weights < large.weights
+    assert small.seconds > 0
+    assert small.peak_bytes > small.model_bytes > 0
 
 
 def test_every_configuration_is_one_that_quantize_takes():
@@ -85,7 +102,18 @@ def test_every_configuration_is_one_that_quantize_takes():
 
 @pytest.mark.parametrize(
     "name",
-    ["accuracy", "compare", "digits", "families", "gemm", "machine", "model", "roofline", "sts"],
+    [
+        "accuracy",
+        "calibrate",
+        "compare",
+        "digits",
+        "families",
+        "gemm",
+        "machine",
+        "model",
+        "roofline",
+        "sts",
+    ],
 )
 def test_every_benchmark_is_a_command(name):
     result = CliRunner().invoke(app, [name, "--help"])
