@@ -67,13 +67,13 @@ def _fold(rewrite: Rewrite, group: Group, producer: Producer, shift: Tensor) -> 
         # Another group's may be there already, of other rows.
         row_shifts[name] = row_shifts.get(name, 0) + rows
         if not can_shift(rewrite.qparams[name].weight, row_shifts[name]):
-            return f"block scales of {name} would be rounded"
+            return "block scales of the weight before it would be rounded"
         shift = rows
     for name in producer.parameters:
         old = parameters.get(name, rewrite.model.get_parameter(name).detach())
         moved = _times_power(old, shift, producer.added)
         if moved is None:
-            return f"{name} would be rounded"
+            return "a parameter before it would be rounded"
         parameters[name] = moved
     sites = tuple(site.name for site in group.sites)
     key = producer.site.name if producer.site is not None else producer.parameters[0]

@@ -21,7 +21,7 @@ def replace_attention(capture: Capture) -> None:
         if not _fits(node) or any(_position(user) != 0 for user in results if user.users):
             continue
         query, key, value, *rest = node.args
-        options = {
+        options: dict[str, Any] = {
             "causal": bool(rest[1:] and rest[1]),
             "rows_first": not node.meta["val"][0].is_contiguous(),
         }

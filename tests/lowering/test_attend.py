@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +80,32 @@ def test_threads_and_free_rows_do_not_change_it(compiled: Make, dtype: torch.dty
             torch.set_num_threads(threads)
             results.append(fast(mask))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def before_a_guard(values: Tensor) -> Tensor:
+    """A copy that ends where memory may not be read: one byte further is a crash."""
+    size = -(-values.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    guard = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(guard), mmap.PAGESIZE, 0) == 0
+    offset = size - values.nbytes
+    copy = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=offset)
+    return copy.view(values.shape).copy_(values)
+
+
+@pytest.mark.parametrize("rows", [3, 23])
+@pytest.mark.parametrize(
+    ("head", "dtype"), [(20, torch.float32), (18, torch.bfloat16), (7, torch.float16)]
+)
+def test_reads_nothing_behind_its_tensors(
+    compiled: Make, rows: int, head: int, dtype: torch.dtype
+) -> None:
+    query = torch.randn(1, 2, rows, head).to(dtype)
+    key, value = torch.randn(2, 1, 2, 45, head).to(dtype)
+    mask = torch.randn(1, 1, rows, 45).to(dtype)
+    guarded = [before_a_guard(tensor) for tensor in (query, key, value, mask)]
+    fast = compiled(lambda *tensors: attend(*tensors, 0.3))
+    assert torch.equal(fast(*guarded), fast(query, key, value, mask))
 
 
 def test_nothing_to_attend_to(compiled: Make) -> None:

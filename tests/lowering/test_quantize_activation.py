@@ -53,6 +53,24 @@ def test_fuses_with_its_producer(compiled: Make, granularity: str, dtype: torch.
     assert "torch.ops.fp4" not in code
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "token", "block"])
+def test_reads_part_of_a_buffer(compiled: Make, granularity: str) -> None:
+    """The last position of a prompt, as a head does, and parameters that are slices themselves."""
+    scale = torch.tensor([7.0, 0.9])
+    shift = torch.randint(0, 3, (2, 64), dtype=torch.int8)
+    block_size = 32 if granularity == "block" else 0
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        last = (x * 2)[:, -1:]
+        return quantize(
+            last, scale[1], shift[1], "e2m1", granularity, rotation=8, block_size=block_size
+        )
+
+    x = torch.randn(1, 5, 64)
+    for fast, slow in zip(compiled(run)(x), run(x), strict=True):
+        assert torch.equal(fast, slow)
+
+
 def extremes(M: int, K: int, dtype: torch.dtype) -> Tensor:
     """Rows of all magnitudes; zeros, every tie, NaN and infinities among them."""
     x = torch.randn(M, K) * torch.logspace(-3, 3, M).unsqueeze(-1)
