@@ -143,16 +143,28 @@ def accuracy(
     tokens: Annotated[int, typer.Option(help="Tokens of WikiText-2 test to score.")] = (
         accuracy_bench.TOKENS
     ),
+    task: Annotated[
+        list[str] | None, typer.Option(help="A task of lm-eval to score as well; repeatable.")
+    ] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option(help="Directory with task files (YAML) of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions per task; all without.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
 ) -> None:
     """SmolLM2-135M quantized in many ways: perplexity, layer errors, time and peak memory."""
     names = _known(only, accuracy_bench.CONFIGURATIONS)
-    for result in accuracy_bench.run(names, threads, tokens):
+    scoring = accuracy_bench.Scoring(
+        tokens, tuple(task or ()), None if task_dir is None else str(task_dir.resolve()), limit
+    )
+    for result in accuracy_bench.run(names, threads, scoring):
         errors = ", ".join(f"{kind} {error:.4f}" for kind, error in result.layer_errors.items())
         typer.echo(
             f"{result.name:<42}{result.perplexity:9.2f}  {result.bits_per_weight:5.2f} bits"
             f"{result.seconds:7.0f} s  peak {result.peak_bytes / 2**30:.2f} GiB  {errors}"
         )
+        for name, metrics in result.tasks.items():
+            typer.echo(f"  {name}: {', '.join(f'{k} {v:.4f}' for k, v in metrics.items())}")
         _append(json_path, asdict(result))
 
 

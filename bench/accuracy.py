@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,6 +24,7 @@ from fp4compile.demo_model import load_demo_model
 from fp4compile.evaluate import perplexity
 from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.search import SearchOptions
+from fp4compile.tasks import run_tasks
 
 TOKENS = 8176
 # The plain error of the calibration tokens, all alike.
@@ -121,7 +123,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
 class AccuracyResult:
     """``layer_errors``: median relative output error by the last module name of the weight.
     ``peak_bytes`` of the process until the model was quantized, of which ``model_bytes`` is the
-    model in float32.
+    model in float32. ``tasks``: what lm-eval scored, by task and metric.
     """
 
     name: str
@@ -133,17 +135,31 @@ class AccuracyResult:
     model_bytes: int
     threads: int
     layer_errors: dict[str, float]
+    tasks: dict[str, dict[str, float]]
 
 
-def run(names: Sequence[str], threads: int, tokens: int) -> Iterator[AccuracyResult]:
+@dataclass(frozen=True)
+class Scoring:
+    """``tokens`` of WikiText-2 test; ``limit`` questions (None: all) of every task of lm-eval, of
+    which ``task_dir`` may have more.
+    """
+
+    tokens: int = TOKENS
+    tasks: tuple[str, ...] = ()
+    task_dir: str | None = None
+    limit: int | None = None
+
+
+def run(names: Sequence[str], threads: int, scoring: Scoring) -> Iterator[AccuracyResult]:
     """A result per configuration, each measured in a new process."""
     for name in names:
-        command = [sys.executable, "-m", "bench.accuracy", name, str(threads), str(tokens)]
+        chosen = json.dumps(asdict(scoring))
+        command = [sys.executable, "-m", "bench.accuracy", name, str(threads), chosen]
         output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         yield AccuracyResult(**json.loads(output.splitlines()[-1]))
 
 
-def measure(name: str, tokens: int) -> AccuracyResult:
+def measure(name: str, scoring: Scoring) -> AccuracyResult:
     """Quantize and evaluate in this process."""
     configuration = CONFIGURATIONS[name]
     model, tokenizer = load_demo_model(None, torch.float32)
@@ -162,7 +178,7 @@ def measure(name: str, tokens: int) -> AccuracyResult:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     ids = tokenizer(bundled("heldout.txt"), add_special_tokens=False, return_tensors="pt").input_ids
-    result = perplexity(model, ids, max_tokens=tokens, progress=True)
+    result = perplexity(model, ids, max_tokens=scoring.tokens, progress=True)
     report: Any = getattr(model, "fp4_report", None)
     return AccuracyResult(
         name,
@@ -174,7 +190,14 @@ def measure(name: str, tokens: int) -> AccuracyResult:
         model_bytes,
         torch.get_num_threads(),
         {} if report is None else _layer_errors(report),
+        _scores(model, tokenizer, scoring) if scoring.tasks else {},
     )
+
+
+def _scores(model: Any, tokenizer: Any, scoring: Scoring) -> dict[str, dict[str, float]]:
+    """Of the eager model, in the dtype in which it was quantized."""
+    folder = None if scoring.task_dir is None else Path(scoring.task_dir)
+    return run_tasks(model, tokenizer, scoring.tasks, limit=scoring.limit, task_dir=folder)
 
 
 def _reference_inputs(tokenizer: Any) -> list[torch.Tensor]:
@@ -193,4 +216,4 @@ def _layer_errors(report: Any) -> dict[str, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[2]))
-    print(json.dumps(asdict(measure(sys.argv[1], int(sys.argv[3])))))
+    print(json.dumps(asdict(measure(sys.argv[1], Scoring(**json.loads(sys.argv[3]))))))

@@ -24,6 +24,7 @@ LESS_IS_BETTER = {
     "compile_cold": True,
     "compile_warm": True,
     "acc,none": False,
+    "acc_norm,none": False,
     # Of bench machine: rates.
     "read_bandwidth": False,
     "float32": False,
@@ -42,6 +43,8 @@ DERIVED = frozenset(
         "tokens",
         "speedup",
         "weights",
+        "acc_stderr,none",
+        "acc_norm_stderr,none",
     }
 )
 # A value without a spread may differ by so much of itself: repeated runs of one commit did.

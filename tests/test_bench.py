@@ -55,7 +55,7 @@ class Tokenizer:
 )
 def test_a_configuration_is_measured(name, monkeypatch):
     monkeypatch.setattr(accuracy, "load_demo_model", lambda *_: (tiny_llama(layers=1), Tokenizer()))
-    result = accuracy.measure(name, 511)
+    result = accuracy.measure(name, accuracy.Scoring(511))
     assert result.perplexity > 1
     assert result.tokens == 511
     assert result.bits_per_weight == 16 or 4 < result.bits_per_weight < 6
