@@ -6,8 +6,6 @@ Each configuration runs in a process of its own, so that its peak memory is its 
 from __future__ import annotations
 
 import json
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 
 import fp4compile
+from bench.process import peak_bytes, run_module
 from fp4compile.batches import bundled
 from fp4compile.demo_model import load_demo_model
 from fp4compile.evaluate import perplexity
@@ -154,9 +153,7 @@ def run(names: Sequence[str], threads: int, scoring: Scoring) -> Iterator[Accura
     """A result per configuration, each measured in a new process."""
     for name in names:
         chosen = json.dumps(asdict(scoring))
-        command = [sys.executable, "-m", "bench.accuracy", name, str(threads), chosen]
-        output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-        yield AccuracyResult(**json.loads(output.splitlines()[-1]))
+        yield AccuracyResult(**run_module("bench.accuracy", name, threads, chosen))
 
 
 def measure(name: str, scoring: Scoring) -> AccuracyResult:
@@ -176,7 +173,7 @@ def measure(name: str, scoring: Scoring) -> AccuracyResult:
             tokenizer=tokenizer,
         )
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     ids = tokenizer(bundled("heldout.txt"), add_special_tokens=False, return_tensors="pt").input_ids
     result = perplexity(model, ids, max_tokens=scoring.tokens, progress=True)
     report: Any = getattr(model, "fp4_report", None)

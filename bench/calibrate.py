@@ -6,8 +6,6 @@ The models are Llamas with random weights: what is measured is work, not accurac
 from __future__ import annotations
 
 import json
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ from itertools import product
 import torch
 
 import fp4compile
+from bench.process import peak_bytes, run_module
 
 VOCABULARY = 8192
 HEAD = 64
@@ -62,9 +61,7 @@ def run(
     """A result per number of layers and width."""
     for depth, width in product(layers, hidden):
         arguments = (spec, method, depth, width, sequences, length, threads)
-        command = [sys.executable, "-m", "bench.calibrate", *map(str, arguments)]
-        output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-        yield CalibrationResult(**json.loads(output.splitlines()[-1]))
+        yield CalibrationResult(**run_module("bench.calibrate", *arguments))
 
 
 def measure(spec: str, method: str, size: Size) -> CalibrationResult:
@@ -83,7 +80,7 @@ def measure(spec: str, method: str, size: Size) -> CalibrationResult:
         threads=torch.get_num_threads(),
         weights=sum(model.get_parameter(site.name).numel() for site in report.sites),
         seconds=seconds,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_bytes=peak_bytes(),
         model_bytes=model_bytes,
     )
 

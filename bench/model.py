@@ -104,8 +104,8 @@ def run(
     """A result per candidate and batch size, or a reason."""
     with ExitStack() as stack:
         workers: dict[str, _Worker] = {}
-        first: dict[str, dict[str, Any]] = {}
-        warm: dict[str, float | None] = {}
+        # Seconds of the first call, with an empty compiler cache and with a full one.
+        first: dict[str, tuple[float, float | None]] = {}
         for name in names:
             reason = reason_absent(name, model)
             if reason is not None:
@@ -116,13 +116,12 @@ def run(
             worker = _Worker(name, model, threads, prompt, cache)
             stack.callback(worker.close)
             try:
-                first[name] = worker.ask(start)
-                warm[name] = None
+                first[name] = worker.ask(start)["seconds"], None
                 if PEERS[name].compiles:
                     worker.close()
                     worker = _Worker(name, model, threads, prompt, cache)
                     stack.callback(worker.close)
-                    warm[name] = worker.ask(start)["seconds"]
+                    first[name] = first[name][0], worker.ask(start)["seconds"]
             except _EndedError as error:
                 yield Skipped(name, str(error))
                 continue
@@ -133,7 +132,8 @@ def run(
                 if batch > 1 and PEERS[name].own:
                     yield Skipped(name, "is driven with batch 1 only")
                     continue
-                worker.ask(f"measure {WARM_UP} {batch}")
+                if batch != batches[0]:  # with which it started
+                    worker.ask(f"measure {WARM_UP} {batch}")
                 turns[name] = []
             for _ in range(repetitions):
                 for name, found in turns.items():
@@ -147,8 +147,7 @@ def run(
                     prompt,
                     batch,
                     *measured,
-                    first[name]["seconds"],
-                    warm[name],
+                    *first[name],
                     max(turn["peak_bytes"] for turn in found),
                 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.llama_cpp_peer import LlamaCpp
+from bench.process import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def main(name: str, model_name: str, threads: int, prompt: int) -> None:
         start = time.perf_counter()
         answer = _generate(model, ids, int(new))
         answer["seconds"] = time.perf_counter() - start
-        answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        answer["peak_bytes"] = peak_bytes()
         print(json.dumps(answer), flush=True)
 
 

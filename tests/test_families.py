@@ -29,7 +29,7 @@ NEEDS = {"Llama with LoRA (peft)": "peft", "Llama with merged LoRA": "peft"}
 
 
 def where_installed(name):
-    """The name as a parameter, where what it needs is installed."""
+    """The name as a parameter, skipped without the optional ``peft``, which the dev extra has."""
     needs = NEEDS.get(name)
     absent = needs is not None and find_spec(needs) is None
     return pytest.param(name, marks=pytest.mark.skipif(absent, reason=f"{needs} is not installed"))

@@ -20,9 +20,9 @@ def replace_attention(capture: Capture) -> None:
         results = list(node.users)
         if not _fits(node) or any(_position(user) != 0 for user in results if user.users):
             continue
-        query, key, value, *rest = node.args
-        options: dict[str, Any] = {
-            "causal": bool(rest[1:] and rest[1]),
+        query, key, value, _, causal = _arguments(node)
+        options = {
+            "causal": causal,
             "rows_first": not node.meta["val"][0].is_contiguous(),
         }
         scale = node.kwargs.get("scale") or query.meta["val"].shape[-1] ** -0.5
@@ -45,10 +45,14 @@ def _position(user: fx.Node) -> Any:
     return user.args[1] if user.target is operator.getitem else None
 
 
+def _arguments(node: fx.Node) -> list[Any]:
+    """Query, key, value, dropout and whether it is causal."""
+    return [*node.args, *(0.0, False)[len(node.args) - 3 :]]
+
+
 def _fits(node: fx.Node) -> bool:
-    arguments: list[Any] = [*node.args, *(0.0, False)[len(node.args) - 3 :]]
-    query, key, value = (argument.meta["val"] for argument in arguments[:3])
-    dropout, causal = arguments[3:5]
+    *operands, dropout, causal = _arguments(node)
+    query, key, value = (operand.meta["val"] for operand in operands)
     mask = node.kwargs.get("attn_mask")
     result = node.meta["val"][0]
     return (
