@@ -89,7 +89,9 @@ def quantize_blocks(
         for clip in clips:
             codes = _encode(absmax * (clip / fmt.max_integer) * outer.reciprocal())
             scale = block_scales(codes, outer)
-            steps = round_steps(blocks * scale.reciprocal(), fmt)
+            # Infinity times zero is no number.
+            inverse = scale.reciprocal().clamp(max=torch.finfo(torch.float32).max)
+            steps = round_steps(blocks * inverse, fmt)
             square = (steps * scale - blocks).square()
             error = _tree_sum(square if weight is None else square * weight)
             codes = codes + SECOND_FORMAT * flag

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 
 from fp4compile import lowering
 from fp4compile.formats import by_name
@@ -25,7 +27,12 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     SEEN.clear()
     torch.manual_seed(0)
-    yield
+    # A graph of an earlier run, found on disk, would choose nothing.
+    with (
+        functorch_config.patch(enable_autograd_cache=False),
+        inductor_config.patch(fx_graph_cache=False),
+    ):
+        yield
     lowering.config.cpu_target = forced
     torch.set_num_threads(threads)
 

@@ -121,13 +121,29 @@ def test_blocks_and_rotation_equal_eager(
         )  # fmt: skip
 
     fast = compiled(run)
-    for M, threads in ((40, 1), (40, 2), (1, 1), (0, 1)):
+    for M, threads in ((43, 1), (43, 2), (1, 1), (0, 1)):
         torch.set_num_threads(threads)
         x = extremes(M, K, dtype)
         for got, expected in zip(fast(x), run(x), strict=True):
             assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
             assert torch.equal(got.float().nan_to_num(12345), expected.float().nan_to_num(12345))
     assert {choice.target for choice in SEEN} == {"cpp"}
+
+
+def test_block_scales_without_a_finite_reciprocal(compiled: Make) -> None:
+    smallest = torch.tensor(2.0**-126)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize(x, smallest, None, "e2m1|e1m2", "block", block_size=16)
+
+    x = torch.randn(3, 48) * 2.0**-131
+    x[0] = 0.0
+    x[1, :9] = 0.0
+    got, expected = compiled(run)(x), run(x)
+    assert expected[1].reciprocal().isinf().any()
+    for fast, slow in zip(got, expected, strict=True):
+        assert torch.equal(fast, slow)
+    assert torch.equal(got[0][0], torch.zeros(48, dtype=torch.int8))
 
 
 def block_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
