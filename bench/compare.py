@@ -37,6 +37,7 @@ DERIVED = frozenset(
     {
         "gops",
         "bandwidth_share",
+        "peak_share",
         "layer_errors",
         "model_bytes",
         "machine",

@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fp4compile
 from bench import gemm_peers
+from bench.peak import peak_call
 from bench.timing import Timing, interleave
 from fp4compile.blocks import SECOND_FORMAT
 from fp4compile.formats import by_name
@@ -23,6 +24,8 @@ from fp4compile.tensor import FP4Tensor
 
 # Together larger than any last-level cache, so that decode reads weights from memory.
 WORKING_SET_BYTES = 128 << 20
+# From here on a layer is bound by arithmetic, and one weight is enough.
+MANY_ROWS = 64
 BANDWIDTH_FLOATS = 64 << 20
 BLOCK_SIZE, ROTATION, BLOCK_CLIP = 32, 64, 0.85
 # Where it is not 4.
@@ -40,7 +43,8 @@ WEIGHT_BITS = {
 @dataclass(frozen=True)
 class GemmResult:
     """``y[M, N] = x[M, K] w[N, K]^T`` in one way; ``bandwidth_share`` is the rate at which the
-    weights are read over what ``torch.sum`` reads in the same run.
+    weights are read over what ``torch.sum`` reads in the same run, ``peak_share`` the rate of
+    operations over that of a loop of ``vpdpbusd`` in the same run (None: no such instruction).
     """
 
     name: str
@@ -51,10 +55,39 @@ class GemmResult:
     timing: Timing
     gops: float
     bandwidth_share: float
+    peak_share: float | None
     device: str = "cpu"
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """``count`` layers of one shape; ``given(x)`` of M rows makes what ``call`` takes."""
+
+    count: int
+    call: Callable[[Any], object]
+    given: Callable[[Tensor], Any]
+
+    def prepared(self, M: int, K: int) -> tuple[Callable[[], object], int]:
+        """A call of as many layers as are measured at ``M`` rows, and how many these are."""
+        count = self.count if M < MANY_ROWS else 1
+        return partial(self.call, [self.given(torch.randn(M, K)) for _ in range(count)]), count
+
+
+class _Stack(nn.Module):
+    """Layers beside each other, each with an activation of its own, so that nothing is shared but
+    what one call of a compiled graph costs, as in a model. Fewer activations, fewer layers.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        held = (nn.Parameter(weight, requires_grad=False) for weight in weights)
+        self.weights = nn.ParameterList(held)
+
+    def forward(self, *activations: Tensor) -> tuple[Tensor, ...]:
+        return tuple(F.linear(x, w) for x, w in zip(activations, self.weights, strict=False))
 
 
 def run(
@@ -66,64 +99,103 @@ def run(
 ) -> Iterator[GemmResult]:
     """Results for every shape (N, K) and M, all candidates of one M in one interleaved run."""
     torch.set_num_threads(threads)
-    fp4compile.load_lowerings()
+    peak = peak_call(threads) if device == "cpu" else None
     # Dynamo counts every candidate, and M = 1 apart, against one limit.
-    with torch.device(device), torch._dynamo.config.patch(recompile_limit=32):
+    with (
+        torch.device(device),
+        torch.no_grad(),
+        torch._dynamo.config.patch(recompile_limit=32),
+    ):
         # A GPU's caches hold more.
         buffer = torch.ones(BANDWIDTH_FLOATS * (1 if device == "cpu" else 8))
+        roofs: dict[str, Callable[[], object]] = {"read": buffer.sum}
+        if peak is not None:
+            roofs["peak"] = peak[0]
         for N, K in shapes:
             layers = _layers(N, K, device)
             if device == "cpu":
                 layers |= _peers(N, K, threads)
             for M in rows:
-                x = torch.randn(M, K)
-                calls = {name: make(x) for name, make in layers.items()}
+                prepared = {name: each.prepared(M, K) for name, each in layers.items()}
+                calls = {name: call for name, (call, _) in prepared.items()}
                 timings = interleave(
-                    {**calls, "read": buffer.sum},
+                    calls | roofs,
                     repetitions=repetitions,
                     finish=_nothing if device == "cpu" else torch.cuda.synchronize,
                 )
-                bandwidth = buffer.nbytes / timings["read"].median
-                for name in calls:
-                    yield _result(name, M, N, K, threads, timings[name], bandwidth, device)
+                for name, (_, count) in prepared.items():
+                    timing = timings[name].of_each(count)
+                    gops = 2 * M * N * K / timing.median / 1e9
+                    read = N * K * WEIGHT_BITS.get(name, 4) / 8 / timing.median
+                    yield GemmResult(
+                        name,
+                        M,
+                        N,
+                        K,
+                        threads,
+                        timing,
+                        gops,
+                        read * timings["read"].median / buffer.nbytes,
+                        None if peak is None else gops * 1e9 * timings["peak"].median / peak[1],
+                        device,
+                    )
 
 
 def _nothing() -> None:
     pass
 
 
-def _result(
-    name: str, M: int, N: int, K: int, threads: int, timing: Timing, bandwidth: float, device: str
-) -> GemmResult:
-    rate = N * K * WEIGHT_BITS.get(name, 4) / 8 / timing.median
-    gops = 2 * M * N * K / timing.median / 1e9
-    return GemmResult(name, M, N, K, threads, timing, gops, rate / bandwidth, device)
-
-
-def _layers(N: int, K: int, device: str) -> dict[str, Callable[[Tensor], Callable[[], object]]]:
-    """Ways to compute the layer; each takes x and gives a call that walks through its weights."""
+def _layers(N: int, K: int, device: str) -> dict[str, _Layers]:
+    """Our own ways to compute the layer, and torch's in high precision."""
     copies = _copies(N, K)
-    w4a4 = [_weight(N, K, "e2m1", "e2m1") for _ in range(copies)]
-    blocks = [_fp4_blocks(N, K) for _ in range(copies)]
-    w4a16 = [_weight(N, K, "e2m1", None) for _ in range(copies)]
     wide = {
         name: [_weight(N, K, name[-4:], name[-4:]) for _ in range(max(1, copies // 2))]
         for name in ("w6a6 e2m3", "w8a8 e1m6", "w8a8 e4m3")
         if device == "cpu"  # the only one with kernels for them
     }
+    ours = {
+        "fp4 w4a4": [_weight(N, K, "e2m1", "e2m1") for _ in range(copies)],
+        "fp4 w4a4 block 32": [_fp4_blocks(N, K) for _ in range(copies)],
+        "fp4 w4a16": [_weight(N, K, "e2m1", None) for _ in range(copies)],
+        **wide,
+    }
     full = torch.randn(N, K)
     bf16 = [full.to(torch.bfloat16) for _ in range(max(1, copies // 4))]
     fp32 = [full.clone() for _ in range(max(1, copies // 8))]
     torch.compiler.reset()
-    compiled = torch.compile(lambda x, w: F.linear(x, w), dynamic=True, fullgraph=True)
     return {
-        "fp4 w4a4": partial(_walk, compiled, w4a4),
-        "fp4 w4a4 block 32": partial(_walk, compiled, blocks),
-        "fp4 w4a16": lambda x: _walk(compiled, w4a16, x.to(torch.bfloat16)),
-        **{name: partial(_walk, compiled, weights) for name, weights in wide.items()},
-        "bf16": lambda x: _walk(F.linear, bf16, x.to(torch.bfloat16)),
-        "fp32": partial(_walk, F.linear, fp32),
+        **{name: _compiled(weights) for name, weights in ours.items()},
+        "bf16": _one_by_one([partial(_linear, weight) for weight in bf16], _bfloat16),
+        "fp32": _one_by_one([partial(_linear, weight) for weight in fp32], _as_it_is),
     }
+
+
+def _compiled(weights: Sequence[Tensor]) -> _Layers:
+    stack = fp4compile.compile_model(_Stack(weights).eval())
+    given = _bfloat16 if weights[0].dtype == torch.bfloat16 else _as_it_is
+    return _Layers(len(weights), lambda activations: stack(*activations), given)
+
+
+def _one_by_one(
+    layers: Sequence[Callable[[Any], object]], given: Callable[[Tensor], Any]
+) -> _Layers:
+    def call(activations: Sequence[Any]) -> None:
+        for layer, x in zip(layers, activations, strict=False):
+            layer(x)
+
+    return _Layers(len(layers), call, given)
+
+
+def _linear(weight: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _bfloat16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16)
 
 
 def _copies(N: int, K: int) -> int:
@@ -131,28 +203,14 @@ def _copies(N: int, K: int) -> int:
     return max(1, WORKING_SET_BYTES // (N * K // 2))
 
 
-def _peers(N: int, K: int, threads: int) -> dict[str, Callable[[Tensor], Callable[[], object]]]:
+def _peers(N: int, K: int, threads: int) -> dict[str, _Layers]:
     """Those that are installed, each with as many weights as are larger than the caches."""
 
-    def walker(peer: gemm_peers.GemmPeer) -> Callable[[Tensor], Callable[[], object]]:
-        layers = [peer.make(N, K, threads) for _ in range(_copies(N, K))]
-        return lambda x: _walk(lambda given, layer: layer(given), layers, peer.given(x))
+    def layers(peer: gemm_peers.GemmPeer) -> _Layers:
+        return _one_by_one([peer.make(N, K, threads) for _ in range(_copies(N, K))], peer.given)
 
     known = gemm_peers.GEMM_PEERS.items()
-    return {name: walker(peer) for name, peer in known if gemm_peers.absent(name) is None}
-
-
-def _walk(
-    linear: Callable[[Any, Any], object], weights: Sequence[object], x: object
-) -> Callable[[], object]:
-    position = 0
-
-    def call() -> object:
-        nonlocal position
-        position = (position + 1) % len(weights)
-        return linear(x, weights[position])
-
-    return call
+    return {name: layers(peer) for name, peer in known if gemm_peers.absent(name) is None}
 
 
 def _weight(N: int, K: int, format: str, activation: str | None) -> Tensor:

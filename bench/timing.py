@@ -16,6 +16,10 @@ class Timing:
     low: float
     high: float
 
+    def of_each(self, count: int) -> Timing:
+        """Of one of ``count`` parts."""
+        return Timing(self.median / count, self.low / count, self.high / count)
+
 
 def interleave(
     candidates: Mapping[str, Callable[[], object]],
