@@ -205,6 +205,14 @@ FAMILIES: dict[str, Family] = {
         _padded_text,
         "encoder",
     ),
+    # Its layers share their weights.
+    "ALBERT": Family(
+        _hugging_face(
+            "AlbertModel", "albert", **{**TEXT, "num_hidden_layers": 2}, embedding_size=32
+        ),
+        _padded_text,
+        "encoder",
+    ),
     "ModernBERT": Family(
         _hugging_face("ModernBertModel", "modernbert", **TEXT), _padded_text, "encoder"
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 Batch = dict[str, Tensor]
@@ -53,5 +54,9 @@ def reloads(model: Any, unquantized: Any, batch: Batch) -> bool:
             path = Path(folder) / "model.pt"
             torch.save(model.state_dict(), path)
             again = unquantized
-            again.load_state_dict(torch.load(path, weights_only=True), assign=True)
+            state = torch.load(path, weights_only=True)
+            for name, module in again.named_modules():
+                if parametrize.is_parametrized(module) and f"{name}.weight" in state:
+                    parametrize.remove_parametrizations(module, "weight")
+            again.load_state_dict(state, assign=True)
     return relative_error(again, model, batch) == 0

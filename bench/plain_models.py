@@ -43,7 +43,7 @@ class Functional(nn.Module):
 
 
 class Shared(nn.Module):
-    """One layer called twice, as ALBERT does: its input has two ranges, so it stays."""
+    """One layer called twice, as ALBERT does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,14 +55,16 @@ class Shared(nn.Module):
 
 
 class Parametrized(nn.Module):
-    """A weight that is computed in every call stays; the other is quantized."""
+    """A weight that is computed in every call, and a convolution's that stays."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.position = parametrizations.weight_norm(nn.Conv1d(CHANNELS, CHANNELS, 3, padding=1))
         self.first = parametrizations.weight_norm(nn.Linear(CHANNELS, HIDDEN))
         self.second = nn.Linear(HIDDEN, CHANNELS)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x + self.position(x.mT).mT
         return self.second(torch.relu(self.first(x)))
 
 
@@ -131,16 +133,18 @@ PLAIN: dict[str, PlainModel] = {
     "nn.Transformer": PlainModel(
         lambda: nn.Transformer(CHANNELS, HEADS, 1, 1, HIDDEN, batch_first=True),
         _features("src", "tgt"),
-        # Cross-attention takes one part of it for the target, one for the source.
-        ("in_proj_weight",),
     ),
     "nn.MultiheadAttention": PlainModel(
         lambda: nn.MultiheadAttention(CHANNELS, HEADS, batch_first=True),
         _features("query", "key", "value", same=True),
     ),
     "weights without modules": PlainModel(Functional, _features("x")),
-    "a layer called twice": PlainModel(Shared, _features("x"), ("weight",)),
-    "parametrized weights": PlainModel(Parametrized, _features("x"), ("original0", "original1")),
+    "attention over other keys and values": PlainModel(
+        lambda: nn.MultiheadAttention(CHANNELS, HEADS, batch_first=True),
+        _features("query", "key", "value"),
+    ),
+    "a layer called twice": PlainModel(Shared, _features("x")),
+    "parametrized weights": PlainModel(Parametrized, _features("x"), ("weight",)),
     "a block as in timm": PlainModel(Block, _features("x")),
     "convolutions": PlainModel(PatchEmbedding, _images, ("weight",)),
     "under torch.compile": PlainModel(_compiled, _features("src")),

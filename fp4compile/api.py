@@ -19,6 +19,7 @@ from fp4compile.compile import compile_model, load_lowerings, uncompiled
 from fp4compile.coverage import verify
 from fp4compile.errors import AlreadyQuantizedError, NonFiniteError
 from fp4compile.page import check_writable, write_page
+from fp4compile.parametrized import computed_once
 from fp4compile.passes import PASSES
 from fp4compile.passes.plan import Rewrite, commit
 from fp4compile.pipeline import decide
@@ -103,7 +104,7 @@ def quantize(
     if report is not None:
         check_writable(report)
     _check_model(model)
-    with _evaluating(model), torch.no_grad():
+    with _evaluating(model), torch.no_grad(), computed_once(model) as computed:
         if recipe is None:
             batches = as_batches(calib_data, model, tokenizer)
         else:
@@ -135,9 +136,10 @@ def quantize(
         rewrite = Rewrite(model, graph, decided)
         for rewrite_pass in PASSES:
             rewrite = rewrite_pass(rewrite)
-    made: Report = make_report(rewrite, spec, method, time.monotonic() - started, products)
-    if report is not None:
-        write_page(made, report)  # before the model changes: it may fail
+        made: Report = make_report(rewrite, spec, method, time.monotonic() - started, products)
+        if report is not None:
+            write_page(made, report)  # before the model changes: it may fail
+        computed.restore(but=rewrite.parameters)
     commit(rewrite)
     integrations.attach_attention(model, products)
     model.fp4_report = replace(made, example=example)  # type: ignore[assignment]  # a plain attribute, not a parameter

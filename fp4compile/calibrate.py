@@ -64,10 +64,13 @@ class _BatchState(fx.Interpreter):
             self.env[node] = replacement(*args, **kwargs)
 
     def tokens(self, group: Group) -> Tensor:
-        """The group's input as ``[tokens, K]``, without the tokens that the mask pads. Where it is
+        """The group's inputs as ``[tokens, K]``, without the tokens that the mask pads. Where it is
         for experts, a last column has each token's expert, so that a sample keeps it.
         """
-        value = self.env[group.input]
+        found = [self._tokens_of(group, self.env[node]) for node in group.inputs]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _tokens_of(self, group: Group, value: Tensor) -> Tensor:
         if group.patch:
             value = patches(value, group.patch)
         if group.offsets is not None:
@@ -193,7 +196,7 @@ def segments(graph: Graph, groups: Sequence[Group]) -> Iterator[Segment]:
 
 
 def _reads(group: Group) -> tuple[fx.Node, ...]:
-    return (group.input,) if group.offsets is None else (group.input, group.offsets)
+    return group.inputs if group.offsets is None else (*group.inputs, group.offsets)
 
 
 def _check_finite(group: Group, index: int, x: Tensor) -> None:

@@ -179,7 +179,7 @@ class _GroupSize:
 
 def _size_of(model: nn.Module, group: Group, graph: Graph, batches: Sequence[Batch]) -> _GroupSize:
     channels = group.channels
-    example = _elements([group.input.meta["val"]]) // channels
+    example = _elements(node.meta["val"] for node in group.inputs) // channels
     tokens = sum(round(example * share) for share in _shares(graph, batches))
     weights = sum(model.get_parameter(site.name).numel() for site in group.sites)
     rows = max(_searched_rows(model, site) for site in group.sites)

@@ -183,7 +183,7 @@ def _decide_groups(
 
 def _group_key(group: Group) -> str:
     # Overrides can make several groups of one input.
-    return f"group-{group.input.name}-{group.sites[0].uses[0].node.name}"
+    return f"group-{group.inputs[0].name}-{group.sites[0].uses[0].node.name}"
 
 
 def _decide_group(
@@ -272,5 +272,5 @@ def _replacements(
         for node in site.lookups:
             found[node] = WeightUse(node, node, (0,)).call(weight)
         for use in site.uses:
-            found[use.node] = use.call(weight.mT if use.transposed else weight)
+            found[use.node] = use.call(weight)
     return found

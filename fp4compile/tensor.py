@@ -345,6 +345,9 @@ class FP4Tensor(PackedWeight):
             return return_and_correct_aliasing(func, args, kwargs, out)
         if func in (aten.index.Tensor, aten.index_select.default, aten.select.int):
             return _of_stack(func, *args, **kwargs)
+        if func in _ROWS:
+            out = _rows_of(func, *args, **kwargs)
+            return return_and_correct_aliasing(func, args, kwargs, out)
         if func is aten.copy_.default:
             return _copy(*args, **kwargs)
         handler = by_operator(func)
@@ -357,6 +360,7 @@ class FP4Tensor(PackedWeight):
 
 
 _ELEMENTWISE = frozenset({aten.detach.default, aten.clone.default, aten.alias.default})
+_ROWS = frozenset({aten.split_with_sizes.default, aten.split.Tensor, aten.slice.Tensor})
 
 
 def _to_copy(self: FP4Tensor, *, dtype: torch.dtype | None = None, **kwargs: Any) -> FP4Tensor:
@@ -382,6 +386,23 @@ def _of_stack(func: Any, self: FP4Tensor, *index: Any, **kwargs: Any) -> FP4Tens
     if parts["weight_scale"].dim() == 2 and self.block_scale is not None:
         parts["weight_scale"] = parts["weight_scale"].flatten()
     return self.with_parts(parts)
+
+
+def _rows_of(func: Any, self: FP4Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Some rows of a weight, or all of them in parts."""
+    dim = kwargs.get("dim", args[0] if func is aten.slice.Tensor else args[1] if args[1:] else 0)
+    if self.dim() != 2 or self.transposed or self.patch or dim != 0:
+        raise UnsupportedOperationError(
+            f"{func} along dimension {dim} is not defined for a quantized weight of shape "
+            f"{tuple(self.shape)}: only rows of [N, K] can be taken; leave this parameter out "
+            "with ignore=[...]"
+        )
+    by_row = ("packed_weight", "block_scale" if self.block_scale is not None else "weight_scale")
+    found = [func(getattr(self, name), *args, **kwargs) for name in by_row]
+    if isinstance(found[0], Tensor):
+        return self.with_parts(dict(zip(by_row, found, strict=True)))
+    rows = zip(*found, strict=True)
+    return [self.with_parts(dict(zip(by_row, parts, strict=True))) for parts in rows]
 
 
 def _copy(self: FP4Tensor, source: Tensor, non_blocking: bool = False) -> FP4Tensor:

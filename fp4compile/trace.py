@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -25,6 +26,8 @@ PASS_THROUGH = frozenset(
      aten.dropout.default, aten.detach.default, aten.alias.default, aten.type_as.default}
 )  # fmt: skip
 
+_SPLITS = frozenset({aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default})
+
 
 @dataclass(frozen=True)
 class Site:
@@ -33,15 +36,16 @@ class Site:
     that of a convolution ``[N, C, *patch]`` whose windows tile its input.
 
     ``name`` is the parameter's fully qualified name; ``aliases`` are all names under which the
-    model holds the same parameter. ``uses`` read the activation ``input``; ``lookups`` are
-    embedding nodes. A tied head has both. ``spec`` overrides that of the call.
+    model holds the same parameter. ``uses`` read the activations ``inputs``, several where layers
+    share the weight; ``lookups`` are embedding nodes. A tied head has both. ``spec`` overrides
+    that of the call.
     """
 
     name: str
     aliases: tuple[str, ...]
     uses: tuple[WeightUse, ...]
     lookups: tuple[fx.Node, ...]
-    input: fx.Node | None
+    inputs: tuple[fx.Node, ...]
     transposed: bool = False
     offsets: fx.Node | None = None
     patch: tuple[int, ...] = ()
@@ -56,10 +60,10 @@ class Site:
 @dataclass(frozen=True)
 class Group:
     """Sites that read the same activation in the same way: they share its scale and exponent
-    shifts.
+    shifts. Layers that share their weights have several activations, taken as one.
     """
 
-    input: fx.Node
+    inputs: tuple[fx.Node, ...]
     sites: tuple[Site, ...]
 
     @property
@@ -75,7 +79,7 @@ class Group:
     @property
     def channels(self) -> int:
         """K: what one row of a weight is multiplied with."""
-        shape = self.input.meta["val"].shape
+        shape = self.inputs[0].meta["val"].shape
         return int(shape[1]) * prod(self.patch) if self.patch else int(shape[-1])
 
 
@@ -94,8 +98,8 @@ class Graph:
     def __post_init__(self) -> None:
         together: dict[Any, list[Site]] = {}
         for site in self.sites:
-            if site.input is not None:
-                key = (site.input, site.offsets, site.patch, site.spec)
+            if site.inputs:
+                key = (site.inputs, site.offsets, site.patch, site.spec)
                 together.setdefault(key, []).append(site)
         groups = tuple(Group(key[0], tuple(sites)) for key, sites in together.items())
         object.__setattr__(self, "groups", groups)
@@ -166,7 +170,7 @@ def _find_sites(
         if parameter.dim() < 2 or not parameter.is_floating_point():
             continue
         names = tuple(aliases[id(parameter)])
-        found = _site_of(names, readers.get(id(parameter), []))
+        found = _site_of(names, readers.get(id(parameter), []), order)
         if isinstance(found, Site):
             sites.append(found)
         else:
@@ -175,48 +179,91 @@ def _find_sites(
     return tuple(sites), skipped
 
 
-def _site_of(names: tuple[str, ...], readers: Sequence[fx.Node]) -> Site | str:
+def _site_of(
+    names: tuple[str, ...], readers: Sequence[fx.Node], order: Mapping[fx.Node, int]
+) -> Site | str:
     """The site of one parameter, or the reason why it is none."""
     uses: list[WeightUse] = []
     lookups: list[fx.Node] = []
     transposed: set[bool] = set()
-    for reader, flipped, user in _uses(readers):
-        if user.target is aten.embedding.default and user.args[0] is reader and not flipped:
+    for reader, rows, flipped, user in _uses(readers):
+        looked_up = user.target is aten.embedding.default and user.args[0] is reader
+        if looked_up and not flipped and rows is None:
             lookups.append(user)
             continue
         use = weight_use(user, reader)
         if isinstance(use, str):
             return use
-        uses.append(use)
+        if rows is not None and (use.offsets or use.patch or use.transposed != flipped):
+            return f"used by {user.target} in parts"
+        uses.append(replace(use, rows=rows))
         transposed.add(use.transposed != flipped)
     if not uses and not lookups:
         return "not used by the exported forward"
-    kinds = {(use.input, use.offsets, use.patch) for use in uses}
+    inputs = tuple(sorted({use.input for use in uses}, key=lambda node: order[node]))
+    kinds = {(use.offsets, use.patch) for use in uses}
     if len(kinds) > 1:
-        return "one weight applied to several activations (layers that share it)"
+        return "one weight used in several ways (by rows of experts, or by other windows)"
     if len(transposed) > 1 or (lookups and True in transposed):
         return "used both as [N, K] and as [K, N]"
-    site_input, offsets, patch = next(iter(kinds), (None, None, ()))
+    offsets, patch = next(iter(kinds), (None, ()))
     return Site(
         names[0],
         names,
         tuple(uses),
         tuple(lookups),
-        site_input,
+        inputs,
         True in transposed,
         offsets,
         patch,
     )
 
 
-def _uses(readers: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, bool, fx.Node]]:
-    """(weight node, whether it is the transpose of the parameter, user) of every use."""
-    for reader in readers:
+_Rows = tuple[int, int] | None
+
+
+def _uses(readers: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, _Rows, bool, fx.Node]]:
+    """(weight node, its rows of the parameter, whether it is transposed, user) of every use."""
+    for reader, rows in _in_parts(readers):
         for user in reader.users:
             if _is_transpose(user):
-                yield from ((user, True, grand_user) for grand_user in user.users)
-            else:
-                yield reader, False, user
+                yield from ((user, rows, True, grand_user) for grand_user in user.users)
+            elif rows is not None or not _parts(user):
+                yield reader, rows, False, user
+
+
+def _in_parts(readers: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, _Rows]]:
+    """The readers of a parameter, and those of some of its rows."""
+    for reader in readers:
+        yield reader, None
+        for user in reader.users:
+            yield from _parts(user)
+
+
+def _parts(node: fx.Node) -> list[tuple[fx.Node, tuple[int, int]]]:
+    """Where ``node`` takes a matrix ``[N, K]`` apart by rows: the parts, and their rows of it."""
+    whole = node.args[0] if node.args else None
+    if not isinstance(whole, fx.Node) or node.target not in (*_SPLITS, aten.slice.Tensor):
+        return []
+    rows, columns = whole.meta["val"].shape if whole.meta["val"].dim() == 2 else (0, 0)
+    value: Any = node.meta["val"]
+    parts = [value] if isinstance(value, Tensor) else value
+    if any(part.dim() != 2 or part.shape[1] != columns for part in parts):
+        return []
+    if isinstance(value, Tensor):
+        options: Any = node.args[1:]
+        start = _first_row(rows, *options)
+        return [] if start is None else [(node, (start, start + len(value)))]
+    ends = [0, *accumulate(len(part) for part in parts)]
+    numbered: list[tuple[fx.Node, Any]] = [(item, item.args[1]) for item in node.users]
+    return [(item, (ends[number], ends[number + 1])) for item, number in numbered]
+
+
+def _first_row(
+    rows: int, dim: int = 0, start: int | None = None, _end: int | None = None, step: int = 1
+) -> int | None:
+    """Where a slice begins; None if it is none of neighbouring rows."""
+    return slice(start, None).indices(rows)[0] if dim == 0 and step == 1 else None
 
 
 def _is_transpose(node: fx.Node) -> bool:

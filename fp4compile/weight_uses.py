@@ -18,7 +18,8 @@ class WeightUse:
     """``node`` multiplies the activation ``input`` with a weight.
 
     ``path`` leads to the weight in the node's arguments: a position, or one within a list.
-    ``transposed``: the weight's last two dimensions are ``[K, N]`` there. ``offsets`` (of a stack
+    ``transposed``: the weight's last two dimensions are ``[K, N]`` there. ``rows``: the part of a
+    weight ``[N, K]`` that it uses, from one up to another; None for all. ``offsets`` (of a stack
     of experts ``[E, N, K]``): the node that holds where each expert's rows of the input end.
     ``patch``: the window of a convolution whose windows tile the input, so that it is a linear of
     ``[N, channels * prod(patch)]``.
@@ -28,15 +29,18 @@ class WeightUse:
     input: fx.Node
     path: tuple[int, ...]
     transposed: bool = False
+    rows: tuple[int, int] | None = None
     offsets: fx.Node | None = None
     patch: tuple[int, ...] = ()
 
     def call(self, weight: Tensor) -> Callable[..., Tensor]:
-        """What the node computes with another weight; takes the node's arguments."""
+        """What the node computes with another weight ``[N, K]``; takes the node's arguments."""
+        used = weight if self.rows is None else weight[slice(*self.rows)]
+        given = used.mT if self.transposed else used
 
         def called(*args: Any, **kwargs: Any) -> Tensor:
             assert callable(self.node.target)
-            result: Tensor = self.node.target(*_with(args, self.path, weight), **kwargs)
+            result: Tensor = self.node.target(*_with(args, self.path, given), **kwargs)
             return result
 
         return called

@@ -15,6 +15,7 @@ from fp4compile.formats import by_name
 from fp4compile.numerics import scale_for_max
 from fp4compile.passes.swap_weights import fp4_weight
 from fp4compile.qparams import ActivationQParams, SiteQParams, WeightQParams
+from fp4compile.search.candidates import blocked_weight
 from fp4compile.tensor import FP4Tensor
 
 
@@ -28,6 +29,13 @@ def quantized(
     act = ActivationQParams("e2m1", "tensor", torch.tensor(0.05), shift) if activation else None
     decision = SiteQParams(WeightQParams("e2m1", scale), act, 0.0, 0.0)
     return fp4_weight(weight, decision, torch.float32, transposed=transposed)
+
+
+def blocked() -> FP4Tensor:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 10)
+    decision = SiteQParams(blocked_weight(weight, (by_name("e2m1"),), 4), None, 0.0, 0.0)
+    return fp4_weight(weight, decision, torch.float32)
 
 
 def layer() -> nn.Linear:
@@ -54,6 +62,21 @@ def test_every_way_to_multiply_gives_the_same():
     assert torch.equal(torch.addmm(bias, X, weight.t()), weight.linear(X, bias))
     with torch._C.DisableTorchFunctionSubclass():
         assert torch.equal(F.linear(X, weight), expected)
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_rows_are_weights_of_their_own(block):
+    weight = blocked() if block else quantized()
+    whole = weight.linear(X, None)
+    first, rest = weight.split((2, 4))
+    assert torch.equal(torch.cat((first.linear(X, None), F.linear(X, rest)), dim=-1), whole)
+    assert torch.equal(torch.cat([F.linear(X, part) for part in weight.chunk(3)], dim=-1), whole)
+    assert torch.equal(F.linear(X, weight[1:-1]), whole[:, 1:-1])
+    assert torch.equal(weight[4:].dequantize(), weight.dequantize()[4:])
+    with pytest.raises(UnsupportedOperationError, match="only rows"):
+        weight.split(5, dim=1)
+    with pytest.raises(UnsupportedOperationError, match="only rows"):
+        weight.t()[:2]
 
 
 def test_embedding_looks_up_dequantized_rows():

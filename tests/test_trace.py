@@ -7,6 +7,7 @@ import torch
 from models import MatrixProducts, tiny_llama, tokens
 from torch import nn
 
+from fp4compile.calibrate import run_calibration
 from fp4compile.errors import TraceError
 from fp4compile.trace import trace
 
@@ -44,23 +45,48 @@ def test_addmm_and_matmul_weights_are_sites_in_both_orientations():
     }
 
 
+class Parts(nn.Module):
+    """Some rows of one weight for each of two activations, and a weight for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.Parameter(torch.randn(12, 6))
+        self.shared = nn.Linear(6, 6)
+
+    def forward(self, x, y):
+        first, rest = self.fused.split((4, 8))
+        return self.shared(x) @ self.shared(y).mT + (x @ first.T).sum() + (y @ rest.T).sum()
+
+
+def test_one_weight_may_serve_several_activations():
+    graph = trace(Parts(), (torch.randn(2, 3, 6), torch.randn(2, 3, 6)), {})
+    fused, shared = sorted(graph.sites, key=lambda site: site.name)
+    assert [use.rows for use in fused.uses] == [(0, 4), (4, 12)]
+    assert [use.rows for use in shared.uses] == [None, None]
+    (group,) = graph.groups
+    assert group.inputs == fused.inputs == shared.inputs
+    assert [node.name for node in group.inputs] == ["x", "y"]
+    seen = []
+    batch = ((torch.full((2, 3, 6), 1.0), torch.full((2, 3, 6), 2.0)), {})
+    with torch.no_grad():
+        run_calibration(graph, [batch], lambda _, tokens: seen.extend(tokens) or {})
+    assert [tokens[:, 0].tolist() for tokens in seen] == [[1.0] * 6 + [2.0] * 6]
+
+
 class Unusual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv1d(4, 4, 3)
-        self.linear = nn.Linear(6, 6)
         self.unused = nn.Linear(6, 6)
 
     def forward(self, x):
-        x = self.linear(self.conv(x))
-        return self.linear(torch.relu(x))
+        return self.conv(x)
 
 
 def test_what_is_no_site_has_a_reason():
     graph = trace(Unusual(), (torch.randn(2, 4, 8),), {})
     assert not graph.sites
     assert "conv1d" in graph.skipped["conv.weight"]
-    assert "several activations" in graph.skipped["linear.weight"]
     assert "not used" in graph.skipped["unused.weight"]
 
 

@@ -54,9 +54,11 @@ def find_producer(
     readers = {node for site in group.sites for node in site.linears}
     if group.patch:
         return "convolutions read windows of the activation"
-    if set(group.input.users) != readers:
+    if len(group.inputs) > 1:
+        return "layers that share the weight read other activations"
+    if set(group.inputs[0].users) != readers:
         return "others read the activation too"
-    found = _walk(_Search(model, graph, quantized), (group.input,))
+    found = _walk(_Search(model, graph, quantized), group.inputs)
     return found or "no norm or linear produces it for this use alone"
 
 
@@ -75,7 +77,7 @@ def _walk(search: _Search, path: tuple[fx.Node, ...]) -> Producer | None:
     """The producer at the start of ``path``, or one further up."""
     node = path[0]
     site = next((site for site in search.graph.sites if site.linears == (node,)), None)
-    if site is not None:
+    if site is not None and site.uses[0].rows is None:
         return _site_producer(search, site, path)
     if node.target in _NORMS or node.target is aten.mul.Tensor:
         found = _norm_producer(search, node)

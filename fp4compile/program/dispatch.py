@@ -121,7 +121,7 @@ class Dispatcher:
             self._look_at_module()
         known = self.by_kind.setdefault(flat.key, [])
         for program in known:
-            if program.takes(flat.tensors):
+            if program.takes(flat):
                 return program
         if flat.key in self._untraceable:
             raise NotFlat(self._untraceable[flat.key])

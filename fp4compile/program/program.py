@@ -73,6 +73,10 @@ class Program:
             for node in returned
         )
         self._results = captured.results
+        # A static cache is written in place.
+        self._changes_caches = any(
+            state.attributes for states in captured.results.cache_states for state in states
+        )
         shape_env = captured.fake_mode.shape_env
         assert shape_env is not None
         self._sizes = Sizes([node.meta["val"] for node in captured.inputs], shape_env)
@@ -82,9 +86,9 @@ class Program:
             self._evaluate, record and partial(record, runs), captured.constants.values()
         )
 
-    def takes(self, tensors: Sequence[Tensor]) -> bool:
+    def takes(self, flat: Flattened) -> bool:
         """Whether the tensors have sizes that the program was compiled for."""
-        return self._sizes.hold(tensors)
+        return self._replays.repeat(flat) or self._sizes.hold(flat.tensors)
 
     @property
     def repeats(self) -> bool:
@@ -93,7 +97,8 @@ class Program:
 
     def __call__(self, flat: Flattened) -> Any:
         returned = self._replays(flat)
-        _update_caches(self._results, returned, flat.caches)
+        if self._changes_caches:
+            _update_caches(self._results, returned, flat.caches)
         return fill(self._results.result, returned, flat.caches)
 
     def _evaluate(self, tensors: Sequence[Tensor]) -> list[Any]:

@@ -58,6 +58,11 @@ class Replays:
         """Whether a step is recorded."""
         return self._taped is not None
 
+    def repeat(self, flat: Flattened) -> bool:
+        """Whether a step on the caches of ``flat``, with inputs of the same sizes, is recorded."""
+        taped = self._taped
+        return taped is not None and taped.place.is_of(flat)
+
     def __call__(self, flat: Flattened) -> list[Any]:
         """The values that ``evaluate`` returns for the tensors of ``flat``."""
         if self._record is None or not flat.flat_caches:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import takewhile
+from operator import is_
 from typing import Any
 
 import torch
@@ -57,6 +58,20 @@ def check_cache(cache: Any) -> None:
             raise NotFlat(f"a cache with a {type(layer).__name__}")
 
 
+class Key:
+    """A long part of a key that is hashed once."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._parts = tuple(parts)
+        self._hash = hash(self._parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Key) and self._parts == other._parts)
+
+
 @dataclass(frozen=True)
 class FlatCache:
     """Tensors and key of a cache in one state: the attributes of its layers."""
@@ -64,16 +79,18 @@ class FlatCache:
     cache: Callable[[], Any]
     state: list[dict[str, Any]]
     tensors: list[Tensor]
-    key: list[Any]
+    key: Key
 
     def holds(self, cache: Any) -> bool:
         if cache is not self.cache() or len(cache.layers) != len(self.state):
             return False
         for layer, state in zip(cache.layers, self.state, strict=True):
             attributes = vars(layer)
-            for name, value in state.items():
-                if attributes.get(name) is not value:
-                    return False
+            # Names in order, then objects; no loop of Python, since every step comes here.
+            if list(attributes) != list(state) or not all(
+                map(is_, attributes.values(), state.values())
+            ):
+                return False
         return True
 
 
@@ -153,10 +170,10 @@ class Flattened:
         self.flat_caches.append(flat)
         self.cached.update(range(len(self.tensors), len(self.tensors) + len(flat.tensors)))
         self.tensors.extend(flat.tensors)
-        key.extend(flat.key)
+        key.append(flat.key)
 
 
-def _flat_cache(cache: Any) -> tuple[list[Tensor], list[Any]]:
+def _flat_cache(cache: Any) -> tuple[list[Tensor], Key]:
     """Tensors and key of a cache."""
     states = []
     for layer in cache.layers:
@@ -165,7 +182,7 @@ def _flat_cache(cache: Any) -> tuple[list[Tensor], list[Any]]:
             states[-1].pop(name, None)
     flat = Flattened(states)
     fixed = [tuple(tensor.shape[dim] for dim in fixed_dims(tensor)) for tensor in flat.tensors]
-    return flat.tensors, [type(cache), *flat.key, *fixed]
+    return flat.tensors, Key([type(cache), *flat.key, *fixed])
 
 
 def _layout(tensor: Tensor) -> tuple[int, ...]:

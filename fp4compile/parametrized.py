@@ -1,0 +1,92 @@
+"""Weights that parametrizations (``torch.nn.utils.parametrize``) compute in every call: once.
+
+A quantized weight is a constant, so nothing is left to compute. What is not quantized gets its
+parametrization back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+@dataclass(frozen=True)
+class _Parametrized:
+    """A module as it was: torch gives it a class of its own, and holds what computes the tensors in
+    a submodule.
+    """
+
+    module: nn.Module
+    kind: type[nn.Module]
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+    modules: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Parametrized:
+        return cls(
+            module,
+            type(module),
+            dict(module._parameters),
+            dict(module._buffers),
+            dict(module._modules),
+        )
+
+    def restore(self) -> None:
+        self.module._parameters = self.parameters
+        self.module._buffers = self.buffers
+        self.module._modules = self.modules
+        self.module.__class__ = self.kind
+
+
+class ComputedOnce:
+    """The modules of a model whose tensors were computed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held: dict[str, _Parametrized] = {}
+        for name, module in model.named_modules():
+            if parametrize.is_parametrized(module):
+                self._held[name] = _Parametrized.of(module)
+                _compute(module)
+
+    def restore(self, but: Container[str] = ()) -> None:
+        """Give the modules their parametrizations back, but those of the tensors named."""
+        for name, held in self._held.items():
+            tensors = held.modules["parametrizations"]
+            if not any(f"{name}.{tensor}".removeprefix(".") in but for tensor in tensors):
+                held.restore()
+
+
+@contextmanager
+def computed_once(model: nn.Module) -> Iterator[ComputedOnce]:
+    """Every parametrized tensor of ``model`` is a plain one inside. A failure restores all; where
+    there is none, the caller does.
+    """
+    computed = ComputedOnce(model)
+    try:
+        yield computed
+    except BaseException:
+        computed.restore()
+        raise
+
+
+def _compute(module: nn.Module) -> None:
+    tensors: Any = module.parametrizations
+    values = {name: getattr(module, name).detach() for name in tensors}
+    # As torch.nn.utils.parametrize.remove_parametrizations does, which changes the originals too.
+    module.__class__ = type(module).__bases__[0]
+    module._modules = {
+        name: child for name, child in module._modules.items() if child is not tensors
+    }
+    module._parameters, module._buffers = dict(module._parameters), dict(module._buffers)
+    for name, value in values.items():
+        held = next(tensors[name].parameters(), None)
+        if held is None:
+            module.register_buffer(name, value)
+        else:
+            module.register_parameter(name, nn.Parameter(value, held.requires_grad))
