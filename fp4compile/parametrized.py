@@ -45,11 +45,14 @@ class _Parametrized:
 
 
 class ComputedOnce:
-    """The modules of a model whose tensors were computed."""
+    """The modules of a model whose tensors were computed in every call."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self._held: dict[str, _Parametrized] = {}
-        for name, module in model.named_modules():
+
+    def compute(self, model: nn.Module) -> None:
+        """Make plain tensors of all that are computed."""
+        for name, module in list(model.named_modules()):
             if parametrize.is_parametrized(module):
                 self._held[name] = _Parametrized.of(module)
                 _compute(module)
@@ -67,8 +70,9 @@ def computed_once(model: nn.Module) -> Iterator[ComputedOnce]:
     """Every parametrized tensor of ``model`` is a plain one inside. A failure restores all; where
     there is none, the caller does.
     """
-    computed = ComputedOnce(model)
+    computed = ComputedOnce()
     try:
+        computed.compute(model)
         yield computed
     except BaseException:
         computed.restore()

@@ -390,7 +390,8 @@ def _of_stack(func: Any, self: FP4Tensor, *index: Any, **kwargs: Any) -> FP4Tens
 
 def _rows_of(func: Any, self: FP4Tensor, *args: Any, **kwargs: Any) -> Any:
     """Some rows of a weight, or all of them in parts."""
-    dim = kwargs.get("dim", args[0] if func is aten.slice.Tensor else args[1] if args[1:] else 0)
+    position = 0 if func is aten.slice.Tensor else 1
+    dim = kwargs.get("dim", args[position] if len(args) > position else 0)
     if self.dim() != 2 or self.transposed or self.patch or dim != 0:
         raise UnsupportedOperationError(
             f"{func} along dimension {dim} is not defined for a quantized weight of shape "
