@@ -25,6 +25,7 @@ from bench.configurations import CONFIGURATIONS
 from bench.gemm_peers import GEMM_PEERS, absent
 from bench.machine import Rate, measure_machine
 from bench.peers import MODELS, PEERS
+from fp4compile.commands.options import TaskDir, TaskLimit
 from fp4compile.lowering.gpus import GPUS, gpu_by_name
 from fp4compile.search import METHODS
 
@@ -147,10 +148,8 @@ def accuracy(
     task: Annotated[
         list[str] | None, typer.Option(help="A task of lm-eval to score as well; repeatable.")
     ] = None,
-    task_dir: Annotated[
-        Path | None, typer.Option(help="Directory with task files (YAML) of your own.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions per task; all without.")] = None,
+    task_dir: TaskDir = None,
+    limit: TaskLimit = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
 ) -> None:
     """SmolLM2-135M quantized in many ways: perplexity, layer errors, time and peak memory."""

@@ -100,12 +100,7 @@ def run(
     """Results for every shape (N, K) and M, all candidates of one M in one interleaved run."""
     torch.set_num_threads(threads)
     peak = peak_call(threads) if device == "cpu" else None
-    # Dynamo counts every candidate, and M = 1 apart, against one limit.
-    with (
-        torch.device(device),
-        torch.no_grad(),
-        torch._dynamo.config.patch(recompile_limit=32),
-    ):
+    with torch.device(device), torch.no_grad():
         # A GPU's caches hold more.
         buffer = torch.ones(BANDWIDTH_FLOATS * (1 if device == "cpu" else 8))
         roofs: dict[str, Callable[[], object]] = {"read": buffer.sum}
@@ -123,26 +118,32 @@ def run(
                     repetitions=repetitions,
                     finish=_nothing if device == "cpu" else torch.cuda.synchronize,
                 )
+                bandwidth = buffer.nbytes / timings["read"].median
+                gops = None if peak is None else peak[1] / timings["peak"].median / 1e9
                 for name, (_, count) in prepared.items():
                     timing = timings[name].of_each(count)
-                    gops = 2 * M * N * K / timing.median / 1e9
-                    read = N * K * WEIGHT_BITS.get(name, 4) / 8 / timing.median
-                    yield GemmResult(
-                        name,
-                        M,
-                        N,
-                        K,
-                        threads,
-                        timing,
-                        gops,
-                        read * timings["read"].median / buffer.nbytes,
-                        None if peak is None else gops * 1e9 * timings["peak"].median / peak[1],
-                        device,
-                    )
+                    yield _result(name, M, N, K, threads, timing, bandwidth, gops, device)
 
 
 def _nothing() -> None:
     pass
+
+
+def _result(
+    name: str,
+    M: int,
+    N: int,
+    K: int,
+    threads: int,
+    timing: Timing,
+    bandwidth: float,
+    peak_gops: float | None,
+    device: str,
+) -> GemmResult:
+    share = N * K * WEIGHT_BITS.get(name, 4) / 8 / timing.median / bandwidth
+    gops = 2 * M * N * K / timing.median / 1e9
+    peak_share = None if peak_gops is None else gops / peak_gops
+    return GemmResult(name, M, N, K, threads, timing, gops, share, peak_share, device)
 
 
 def _layers(N: int, K: int, device: str) -> dict[str, _Layers]:
@@ -165,14 +166,14 @@ def _layers(N: int, K: int, device: str) -> dict[str, _Layers]:
     torch.compiler.reset()
     return {
         **{name: _compiled(weights) for name, weights in ours.items()},
-        "bf16": _one_by_one([partial(_linear, weight) for weight in bf16], _bfloat16),
-        "fp32": _one_by_one([partial(_linear, weight) for weight in fp32], _as_it_is),
+        "bf16": _one_by_one([partial(F.linear, weight=w) for w in bf16], gemm_peers.as_bfloat16),
+        "fp32": _one_by_one([partial(F.linear, weight=w) for w in fp32], _as_it_is),
     }
 
 
 def _compiled(weights: Sequence[Tensor]) -> _Layers:
     stack = fp4compile.compile_model(_Stack(weights).eval())
-    given = _bfloat16 if weights[0].dtype == torch.bfloat16 else _as_it_is
+    given = gemm_peers.as_bfloat16 if weights[0].dtype == torch.bfloat16 else _as_it_is
     return _Layers(len(weights), lambda activations: stack(*activations), given)
 
 
@@ -186,16 +187,8 @@ def _one_by_one(
     return _Layers(len(layers), call, given)
 
 
-def _linear(weight: Tensor, x: Tensor) -> Tensor:
-    return F.linear(x, weight)
-
-
 def _as_it_is(x: Tensor) -> Tensor:
     return x
-
-
-def _bfloat16(x: Tensor) -> Tensor:
-    return x.to(torch.bfloat16)
 
 
 def _copies(N: int, K: int) -> int:

@@ -103,15 +103,16 @@ def _bitsandbytes(N: int, K: int, threads: int) -> Callable[[Tensor], Tensor]:
     return torch.inference_mode()(layer.to(torch.bfloat16).to("cpu"))
 
 
-def _bfloat16(x: Tensor) -> Tensor:
+def as_bfloat16(x: Tensor) -> Tensor:
+    """What layers with weights in bfloat16 take."""
     return x.to(torch.bfloat16)
 
 
 GEMM_PEERS = {
-    "torch int4": GemmPeer(_torch_int4, _bfloat16),
+    "torch int4": GemmPeer(_torch_int4, as_bfloat16),
     "onnxruntime int4": GemmPeer(_onnx_runtime, Tensor.numpy, ("onnx", "onnxruntime")),
     "openvino u4": GemmPeer(_openvino, Tensor.numpy, ("openvino",)),
-    "bitsandbytes fp4": GemmPeer(_bitsandbytes, _bfloat16, ("bitsandbytes",)),
+    "bitsandbytes fp4": GemmPeer(_bitsandbytes, as_bfloat16, ("bitsandbytes",)),
 }
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import tempfile
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("peak.c")
-FLAGS = ("-O2", "-mavx512f", "-fopenmp", "-shared", "-fPIC")
+from fp4compile.lowering.inductor import load_native
+
+SOURCE = Path(__file__).with_name("peak.cpp")
 # A few milliseconds.
 STEPS = 1 << 19
 
@@ -23,15 +22,7 @@ def peak_call(threads: int) -> tuple[Callable[[], object], int] | None:
     """
     if not (torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported()):
         return None
-    run = _library().run
+    run = load_native(SOURCE.read_text()).run
     run.restype, run.argtypes = ctypes.c_int64, (ctypes.c_int64, ctypes.c_int)
     call = partial(run, STEPS, threads)
     return call, call()
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "peak.so"
-        subprocess.run(["gcc", *FLAGS, str(SOURCE), "-o", str(made)], check=True)
-        return ctypes.CDLL(str(made))

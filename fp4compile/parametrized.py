@@ -14,33 +14,25 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+_HELD = ("_parameters", "_buffers", "_modules")
+
 
 @dataclass(frozen=True)
 class _Parametrized:
     """A module as it was: torch gives it a class of its own, and holds what computes the tensors in
-    a submodule.
+    a submodule. ``held``: its dicts of parameters, buffers and submodules, which nobody changes.
     """
 
     module: nn.Module
     kind: type[nn.Module]
-    parameters: dict[str, Any]
-    buffers: dict[str, Any]
-    modules: dict[str, Any]
+    held: dict[str, dict[str, Any]]
 
     @classmethod
     def of(cls, module: nn.Module) -> _Parametrized:
-        return cls(
-            module,
-            type(module),
-            dict(module._parameters),
-            dict(module._buffers),
-            dict(module._modules),
-        )
+        return cls(module, type(module), {name: vars(module)[name] for name in _HELD})
 
     def restore(self) -> None:
-        self.module._parameters = self.parameters
-        self.module._buffers = self.buffers
-        self.module._modules = self.modules
+        vars(self.module).update(self.held)
         self.module.__class__ = self.kind
 
 
@@ -48,21 +40,21 @@ class ComputedOnce:
     """The modules of a model whose tensors were computed in every call."""
 
     def __init__(self) -> None:
-        self._held: dict[str, _Parametrized] = {}
+        self._modules: dict[str, _Parametrized] = {}
 
     def compute(self, model: nn.Module) -> None:
         """Make plain tensors of all that are computed."""
         for name, module in list(model.named_modules()):
             if parametrize.is_parametrized(module):
-                self._held[name] = _Parametrized.of(module)
+                self._modules[name] = _Parametrized.of(module)
                 _compute(module)
 
     def restore(self, but: Container[str] = ()) -> None:
         """Give the modules their parametrizations back, but those of the tensors named."""
-        for name, held in self._held.items():
-            tensors = held.modules["parametrizations"]
+        for name, was in self._modules.items():
+            tensors = was.held["_modules"]["parametrizations"]
             if not any(f"{name}.{tensor}".removeprefix(".") in but for tensor in tensors):
-                held.restore()
+                was.restore()
 
 
 @contextmanager
@@ -74,7 +66,7 @@ def computed_once(model: nn.Module) -> Iterator[ComputedOnce]:
     try:
         computed.compute(model)
         yield computed
-    except BaseException:
+    except BaseException:  # of Ctrl-C too, in minutes of calibration; raised again
         computed.restore()
         raise
 
@@ -84,10 +76,8 @@ def _compute(module: nn.Module) -> None:
     values = {name: getattr(module, name).detach() for name in tensors}
     # As torch.nn.utils.parametrize.remove_parametrizations does, which changes the originals too.
     module.__class__ = type(module).__bases__[0]
-    module._modules = {
-        name: child for name, child in module._modules.items() if child is not tensors
-    }
-    module._parameters, module._buffers = dict(module._parameters), dict(module._buffers)
+    vars(module).update({name: dict(vars(module)[name]) for name in _HELD})
+    del module._modules["parametrizations"]
     for name, value in values.items():
         held = next(tensors[name].parameters(), None)
         if held is None:

@@ -222,22 +222,21 @@ def _site_of(
 _Rows = tuple[int, int] | None
 
 
-def _uses(readers: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, _Rows, bool, fx.Node]]:
-    """(weight node, its rows of the parameter, whether it is transposed, user) of every use."""
-    for reader, rows in _in_parts(readers):
+def _uses(
+    readers: Sequence[fx.Node], rows: _Rows = None
+) -> Iterator[tuple[fx.Node, _Rows, bool, fx.Node]]:
+    """(weight node, its rows of the parameter, whether it is transposed, user) of every use of
+    ``readers``, which hold ``rows`` of it.
+    """
+    for reader in readers:
         for user in reader.users:
+            parts = _parts(user) if rows is None else []
+            for part, rows_of_part in parts:
+                yield from _uses([part], rows_of_part)
             if _is_transpose(user):
                 yield from ((user, rows, True, grand_user) for grand_user in user.users)
-            elif rows is not None or not _parts(user):
+            elif not parts:
                 yield reader, rows, False, user
-
-
-def _in_parts(readers: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, _Rows]]:
-    """The readers of a parameter, and those of some of its rows."""
-    for reader in readers:
-        yield reader, None
-        for user in reader.users:
-            yield from _parts(user)
 
 
 def _parts(node: fx.Node) -> list[tuple[fx.Node, tuple[int, int]]]:

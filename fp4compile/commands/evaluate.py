@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -17,6 +16,8 @@ from fp4compile.commands.options import (
     Dtype,
     JsonPath,
     Model,
+    TaskDir,
+    TaskLimit,
     cache_maker,
     dtype_of,
 )
@@ -55,10 +56,8 @@ def command(
     task: Annotated[
         list[str] | None, typer.Option(help="A task of lm-eval instead of a text; repeatable.")
     ] = None,
-    task_dir: Annotated[
-        Path | None, typer.Option(help="Directory with task files (YAML) of your own.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions per task; default all.")] = None,
+    task_dir: TaskDir = None,
+    limit: TaskLimit = None,
     cache_bits: CacheBits = None,
     compile_it: Compile = False,
     dtype: Dtype = "float32",

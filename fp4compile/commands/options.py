@@ -56,6 +56,8 @@ JsonPath = Annotated[
         help="Also write the result as JSON; '-' prints it instead of the text.",
     ),
 ]
+TaskDir = Annotated[Path | None, typer.Option(help="Directory with task files (YAML) of your own.")]
+TaskLimit = Annotated[int | None, typer.Option(help="Questions per task; default all.")]
 Compile = Annotated[
     bool,
     typer.Option(

@@ -88,7 +88,7 @@ class Program:
 
     def takes(self, flat: Flattened) -> bool:
         """Whether the tensors have sizes that the program was compiled for."""
-        return self._replays.repeat(flat) or self._sizes.hold(flat.tensors)
+        return self._replays.recorded(flat) is not None or self._sizes.hold(flat.tensors)
 
     @property
     def repeats(self) -> bool:

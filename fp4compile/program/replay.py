@@ -58,17 +58,17 @@ class Replays:
         """Whether a step is recorded."""
         return self._taped is not None
 
-    def repeat(self, flat: Flattened) -> bool:
-        """Whether a step on the caches of ``flat``, with inputs of the same sizes, is recorded."""
-        taped = self._taped
-        return taped is not None and taped.place.is_of(flat)
+    def recorded(self, flat: Flattened) -> Taped | None:
+        """The step on the caches of ``flat``, with inputs of the same sizes, if it is recorded."""
+        taped = self._taped  # once: another thread may call the program too
+        return taped if taped is not None and taped.place.is_of(flat) else None
 
     def __call__(self, flat: Flattened) -> list[Any]:
         """The values that ``evaluate`` returns for the tensors of ``flat``."""
         if self._record is None or not flat.flat_caches:
             return self._evaluate(flat.tensors)
-        taped = self._taped  # once: another thread may call the program too
-        if taped is not None and taped.place.is_of(flat):
+        taped = self.recorded(flat)
+        if taped is not None:
             return taped(flat)
         # Prefill comes once to a place, decode again and again.
         if self._last is not None and self._last.is_of(flat):

@@ -1,11 +1,11 @@
 // The rate of vpdpbusd with nothing but registers: the roof of an int8 GEMM on AVX512-VNNI.
-#include <stdint.h>
+#include <cstdint>
 
 #define STEP(sum) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #sum "\n\t"
 #define CHAINS 12  // independent, to hide the latency of each
 
 // The operations done by `steps` steps on every thread; a multiplication and an addition are two.
-int64_t run(int64_t steps, int threads) {
+extern "C" int64_t run(int64_t steps, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         int64_t left = steps;
