@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 # filled cache, with or without attention mask. Dynamo's default limit of 8 graphs is too few, and
 # beyond it the rest would run uncompiled.
 GRAPHS = 32
+# The mode of torch.compile that captures them; each is of fixed sizes.
+CUDA_GRAPHS = "reduce-overhead"
 
 
 def fp4compile_backend(
@@ -81,7 +83,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def compile_model(model: nn.Module, *, programs: bool = True) -> nn.Module:
+def compile_model(model: nn.Module, *, programs: bool = True, mode: str | None = None) -> nn.Module:
     """Compile ``model``'s forward in place; batch and sequence stay dynamic.
 
     ``generate`` calls the forward, so it is compiled too; transformers' own compilation of the
@@ -94,6 +96,10 @@ def compile_model(model: nn.Module, *, programs: bool = True) -> nn.Module:
             guards run between the steps of ``generate``, and it uses a static cache where nobody
             asks for another. Calls that no program can take are compiled by Dynamo, as all are
             with False; a warning of the logger ``fp4compile`` has the reason.
+        mode: ``torch.compile``'s, for what Dynamo compiles. "reduce-overhead" on a GPU captures
+            the kernels of a call in a CUDA graph, so that a step of ``generate`` does not wait for
+            their launches: sizes are then static until they change, ``generate`` uses a static
+            cache, and a result is overwritten by the next call.
     """
     lowering = load_lowerings()
     wrapper, model = model, uncompiled(model)
@@ -111,7 +117,7 @@ def compile_model(model: nn.Module, *, programs: bool = True) -> nn.Module:
         logger.info("kernels: %s", ", ".join(f"{n} x {target}" for target, n in counts.items()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     if wrapper is model:
-        _compile(model, lowering, programs=programs)
+        _compile(model, lowering, programs=programs, mode=mode)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True
@@ -125,12 +131,16 @@ def _architectures(model: nn.Module, lowering: ModuleType) -> set[str]:
     return {lowering.architecture(device) for device in devices}
 
 
-def _compile(model: nn.Module, lowering: ModuleType, *, programs: bool) -> None:
-    model.compile(backend=recorded(model, fp4compile_backend, lowering), dynamic=True)
+def _compile(model: nn.Module, lowering: ModuleType, *, programs: bool, mode: str | None) -> None:
+    backend = partial(fp4compile_backend, mode=mode)
+    dynamic = None if mode == CUDA_GRAPHS else True
+    model.compile(backend=recorded(model, backend, lowering), dynamic=dynamic)
     leave_generate(model)
     elsewhere = {tensor.device.type for tensor in model.parameters()} - {"cpu"}
     if not programs or elsewhere:
         logger.info("calls are compiled by Dynamo: %s", elsewhere or "programs=False")
+        if mode == CUDA_GRAPHS:
+            use_static_cache(model)
         return
     dynamo = model._compiled_call_impl
     assert dynamo is not None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor import lowering as inductor_lowering
@@ -19,8 +21,14 @@ from torch._inductor.select_algorithm import (
 from torch._inductor.virtualized import V
 
 from fp4compile.lowering.config import config
+from fp4compile.lowering.inductor import contiguous
+from fp4compile.lowering.inductor_pointwise import converted_operand, decoded_weight
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget
+
+# A kernel for few rows would serve many at a fraction of the speed, and the other way round.
+ROW_CLASSES = (1, 16, 64, 512)
+MANY_ROWS = 4096
 
 
 def architecture(device: torch.device | int) -> str:
@@ -63,21 +71,69 @@ def gemm(
     its own are called ``packed_weight_1`` and so on.
     """
     rows = inputs["operand"].get_size()[0]
-    expected_rows = int(V.graph.sizevars.optimization_hint(rows))
-    target = target.for_rows(expected_rows)
+    expected_rows = _expected(rows)
+    target = target.for_rows(problem, expected_rows)
+    asked = str(problem)
+    problem, inputs = _as_read(target, problem, inputs, siblings)
     tile = target.tile(problem, expected_rows)
     device, size = inputs["operand"].get_device(), [rows, problem.N]
     if tile.split_k == 1:
         layout = ir.FixedLayout(device, problem.out_dtype, size)
-        result = _call(target, problem, tile, inputs, layout, siblings)
+        result = _call(target, problem, tile, inputs, layout, siblings, asked)
     else:
         needed = ("operand", *_each("packed_weight", siblings), *target.reads(problem))
         matrices = {name: inputs[name] for name in needed}
         sum_dtype = torch.int32 if target.exact_sums(problem) else torch.float32
         layout = ir.FixedLayout(device, sum_dtype, [tile.split_k, *size])
-        parts = _call(target, problem, tile, matrices, layout, siblings)
+        parts = _call(target, problem, tile, matrices, layout, siblings, asked)
         result = _epilogue(problem, parts, inputs, siblings)
     return inductor_lowering.view(result, [*batch, problem.N])
+
+
+def _expected(rows: Any) -> int:
+    """The most rows of the class that ``rows`` is in; a guard compiles anew for another class."""
+    for most in ROW_CLASSES:
+        if V.graph.sizevars.evaluate_expr(sympy.Le(rows, most)):
+            return most
+    return MANY_ROWS
+
+
+def _as_read(
+    target: TritonTarget, problem: GemmProblem, inputs: dict[str, Any], siblings: Sequence[int]
+) -> tuple[GemmProblem, dict[str, Any]]:
+    """The problem and the inputs as the kernel of ``target`` takes them."""
+    inputs = dict(inputs)
+    wanted = target.operand(problem)
+    if wanted is not None:
+        dtype, factor = wanted
+        blocks = problem.operand_scale == "block"
+        if blocks and "operand_outer" not in inputs:
+            # Nobody says that the scales are those of E4M3.
+            dtype = torch.float32
+        inputs["operand"] = converted_operand(problem, inputs, dtype, factor)
+        if blocks:
+            del inputs["operand_scale"]
+            if "operand_outer" in inputs:
+                inputs["operand_scale"] = inputs.pop("operand_outer")
+            scale = "tensor" if "operand_scale" in inputs else None
+            problem = replace(problem, operand_scale=scale)
+        problem = replace(problem, operand_dtype=dtype)
+    if target.decoded:
+        half = problem.operand_dtype == torch.float16
+        weights = [
+            decoded_weight(
+                problem,
+                inputs.pop(packed),
+                inputs.pop(scale, None),
+                torch.float16 if half else torch.bfloat16,
+            )
+            for packed, scale in zip(
+                _each("packed_weight", siblings), _each("block_scale", siblings), strict=True
+            )
+        ]
+        joined = inductor_lowering.pointwise_cat(weights) if siblings else weights[0]
+        inputs["decoded"] = contiguous(joined)
+    return problem, inputs
 
 
 def _each(name: str, siblings: Sequence[int]) -> list[str]:
@@ -116,8 +172,9 @@ def _call(
     inputs: dict[str, Any],
     layout: ir.Layout,
     siblings: Sequence[int],
+    asked: str,
 ) -> Any:
-    marker = json.dumps({"kernel": target.name, "problem": str(problem)})
+    marker = json.dumps({"kernel": target.name, "problem": asked})
     names = f"{{%- set INPUTS = {list(inputs)!r} %}}\n# fp4compile {marker}\n"
     grid = _grid if tile.split_k == 1 else _split_grid
     template = _template(f"fp4_{target.name}", names + target.source(problem, siblings), grid)
@@ -133,6 +190,7 @@ def _call(
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
         SPLIT_K=tile.split_k,
+        SLICES=tile.slices,
         DECODE_PTX=config.gpu_assembly and torch.version.hip is None,
     )
     if declined is not None:

@@ -73,7 +73,11 @@ def linear(
         if bias is not None:
             inputs["bias"] = inductor.as_vector(bias)
         extra = {"operand_outer": operand_outer, "operand_shift": operand_shift}
-        inputs |= {name: inductor.as_vector(extra[name]) for name in target.reads(problem)}
+        inputs |= {
+            name: inductor.as_vector(extra[name])
+            for name in target.reads(problem)
+            if extra[name] is not None
+        }
         return inductor_gpu.gemm(target, problem, inputs, batch)
     if bias is not None:
         inputs["bias"] = inductor.as_vector(inductor.to_dtype(bias, torch.float32))

@@ -73,7 +73,11 @@ def linears(
     if operand_scale is not None:
         inputs["operand_scale"] = inductor.as_vector(operand_scale)
     extra = {"operand_outer": operand_outer, "operand_shift": operand_shift}
-    inputs |= {name: inductor.as_vector(extra[name]) for name in target.reads(problem)}
+    inputs |= {
+        name: inductor.as_vector(extra[name])
+        for name in target.reads(problem)
+        if extra[name] is not None
+    }
     y = inductor_gpu.gemm(target, problem, inputs, operand.get_size()[:-1], rows)
     return inductor.split(y, rows)
 

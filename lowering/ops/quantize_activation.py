@@ -1,5 +1,5 @@
-"""fp4::quantize_activation: without blocks and rotation in functional torch, so that Inductor fuses
-it with what produces x; else by a kernel of its own, one pass over each row.
+"""fp4::quantize_activation in functional torch, so that Inductor fuses it with what produces x; on
+a CPU blocks and rotation by a kernel of their own, one pass over each row.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4compile.formats import FloatFormat, by_name
+from fp4compile.formats import FloatFormat, alternatives
 from fp4compile.kernels import REFERENCE
 from fp4compile.lowering import inductor
 from fp4compile.lowering.choice import record
 from fp4compile.lowering.config import config
+from fp4compile.lowering.ops.quantize_blocks import quantize_blocks, rotated
 from fp4compile.lowering.problem import ActivationProblem
 from fp4compile.lowering.targets.template import text
 from fp4compile.numerics import power_of_two
@@ -42,22 +43,37 @@ def quantize_activation(
     block_clip: float = 1.0,
     channel_order: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    if granularity == "block" or rotation > 1:
+    if x.device.type == "cpu" and (granularity == "block" or rotation > 1):
         return NotImplemented
-    fmt = by_name(format)
     if channel_order is not None:
         x = ordered(x, channel_order)
     values = x.to(torch.float32)
     if exponent_shift is not None and not shift_folded:
         values = values * power_of_two(-exponent_shift)
+    if rotation > 1:
+        values = rotated(values, rotation)
+    formats = alternatives(format)
+    if granularity == "block":
+        clips = (1.0,) if block_clip == 1.0 else (1.0, block_clip)
+        rounded, operand_scale = quantize_blocks(
+            values, scale, formats, block_size, clips, _round_steps
+        )
+        return _shifted_back(rounded, exponent_shift, shift_in_weight, format), operand_scale
+    (fmt,) = formats
     if granularity == "token":
         operand_scale = _scale_for_max(values.abs().amax(dim=-1, keepdim=True) * scale, fmt)
     else:
         operand_scale = scale.clone()
     rounded = _round_steps(values * _divide(torch.ones_like(operand_scale), operand_scale), fmt)
+    return _shifted_back(rounded, exponent_shift, shift_in_weight, format), operand_scale
+
+
+def _shifted_back(
+    rounded: Tensor, exponent_shift: Tensor | None, shift_in_weight: bool, format: str
+) -> Tensor:
     if exponent_shift is not None and not shift_in_weight:
         rounded = rounded * power_of_two(exponent_shift)
-    return rounded.to(operand_dtype(format)), operand_scale
+    return rounded.to(operand_dtype(format))
 
 
 @inductor.register(_OP)

@@ -1,4 +1,9 @@
-"""Block scales: a sum per block, int8 where the operand is and 32 codes fill an instruction."""
+"""Block scales: 16-bit tensor cores, codes times the scale of their block.
+
+A code has at most 3 significant bits and an E4M3 scale 4, so their product is exact in 16 bits,
+that of an operand's code with its scale too: nothing rounds but the float32 sum, and no block needs
+a sum of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,75 +11,88 @@ from typing import Any
 
 import torch
 
-from fp4compile.formats import FloatFormat
-from fp4compile.lowering.problem import INT8, GemmProblem
-from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget, declines_architecture
-from fp4compile.lowering.unpack import (
-    Words,
-    float16_ptx,
-    float16_words,
-    int8_ptx,
-    int8_words,
-    table,
+from fp4compile.lowering.problem import GemmProblem
+from fp4compile.lowering.targets.triton_float import MOST_ROWS, common_parameters, tile
+from fp4compile.lowering.targets.triton_gemm import (
+    Tile,
+    TritonTarget,
+    block_rows,
+    declines_architecture,
 )
+from fp4compile.lowering.targets.triton_row import one_row
+from fp4compile.lowering.unpack import float16_ptx, float16_tables_ptx, float16_words, table
 
 BLOCK_SIZES = (16, 32, 64, 128)
-# Products of int8 are summed 32 at a time.
-INT8_BLOCK = 32
 
 
 def _declines(problem: GemmProblem) -> str | None:
     if not problem.block_size:
-        return "it sums block by block, and the weight has a scale per channel"
+        return "the weight has a scale per channel"
     if problem.block_size not in BLOCK_SIZES:
         return f"blocks of {problem.block_size} are not written, only {BLOCK_SIZES}"
     return declines_architecture(problem)
 
 
-def _parameters(problem: GemmProblem) -> dict[str, Any]:
+def _operand(problem: GemmProblem) -> tuple[torch.dtype, float] | None:
+    if problem.operand_dtype == torch.int8:
+        return torch.bfloat16, 1.0
+    return None
+
+
+def _reads(problem: GemmProblem) -> tuple[str, ...]:
+    return ("operand_outer",) if problem.operand_scale == "block" else ()
+
+
+def _few_rows_parameters(problem: GemmProblem) -> dict[str, Any]:
     first, *second = problem.formats
-    integers = problem.route == INT8 and problem.block_size >= INT8_BLOCK
     half = problem.operand_dtype == torch.float16
     float_type = torch.float16 if half else torch.bfloat16
-
-    def words(fmt: FloatFormat) -> Words:
-        return int8_words(fmt) if integers else float16_words(fmt, float_type)
-
-    ptx = int8_ptx if integers else float16_ptx
-    registers = 2 if integers else 4
-    parameters = {
-        "VALUE_TYPE": "tl.int8" if integers else "tl.float16" if half else "tl.bfloat16",
-        "SUM_TYPE": "tl.int32" if integers else "tl.float32",
-        # An int8 is exact in one bfloat16.
-        "WIDEN": problem.route == INT8 and not integers,
-        "PARTS": 3 if problem.operand_dtype == torch.float32 else 1,
-        "SECOND_TABLE": 0,
-    }
+    # Of four elements, those of a byte are one register, those of a word four.
+    registers = [*4 * ["=r"], "r", *4 * ["r"]]
+    parameters = common_parameters(problem)
+    name = "f16" if half else "bf16"
+    words = float16_words(first, float_type)
     if not second:
         return parameters | {
-            "PTX": ptx(words(first)),
-            "CONSTRAINTS": ",".join(registers * ["=r"] + ["r"]),
+            "PTX": float16_ptx(words, factor=name),
+            "CONSTRAINTS": ",".join(registers),
             "TABLE": table(first),
         }
     return parameters | {
-        "PTX": ptx(None),
-        # Four elements of a byte each are one register, four of a word four.
-        "CONSTRAINTS": ",".join(registers * ["=r"] + ["r"] + 16 * ["r"]),
+        "PTX": float16_tables_ptx(name),
+        "CONSTRAINTS": ",".join([*registers, *16 * ["r"]]),
         "WORDS": ", word0, word1, word2, word3",
         "TABLE": "table",
-        "FIRST_WORDS": words(first),
-        "SECOND_WORDS": words(second[0]),
+        "FIRST_WORDS": words,
+        "SECOND_WORDS": float16_words(second[0], float_type),
         "FIRST_TABLE": table(first),
         "SECOND_TABLE": table(second[0]),
     }
 
 
-def _tile(problem: GemmProblem, rows: int) -> Tile:
-    if rows <= 16:
-        return Tile(16, 64, problem.block_size, num_warps=4, num_stages=4)
-    if rows <= 64 or problem.operand_dtype == torch.float32:
-        return Tile(64, 64, problem.block_size, num_warps=4, num_stages=3)
-    return Tile(128, 128, problem.block_size, num_warps=8, num_stages=3)
+def _few_rows_tile(problem: GemmProblem, rows: int) -> Tile:
+    slices = max(1, 128 // problem.block_size)
+    return Tile(block_rows(problem, rows), 16, problem.block_size, 4, 3, slices=slices)
 
 
-TARGET = TritonTarget("triton_blocks", "triton_blocks", _declines, _parameters, _tile)
+TARGET = TritonTarget(
+    "triton_blocks",
+    ("triton_decoded",),
+    _declines,
+    common_parameters,
+    tile,
+    reads=_reads,
+    operand=_operand,
+    decoded=True,
+    few_rows=TritonTarget(
+        "triton_blocks",
+        ("triton_few",),
+        _declines,
+        _few_rows_parameters,
+        _few_rows_tile,
+        reads=_reads,
+        operand=_operand,
+        most_rows=MOST_ROWS,
+        few_rows=one_row("triton_blocks"),
+    ),
+)

@@ -1,4 +1,8 @@
-"""16-bit tensor cores: activations in 16 or 32 bits, or of formats beyond int8; float32 sums."""
+"""16-bit tensor cores: activations in 16 or 32 bits, or of formats beyond int8; float32 sums.
+
+Many rows multiply weights that a kernel before has decoded: to decode a tile again for every 128
+rows took longer than the products.
+"""
 
 from __future__ import annotations
 
@@ -8,44 +12,82 @@ import torch
 
 from fp4compile.lowering.problem import FLOAT, GemmProblem
 from fp4compile.lowering.targets.triton_gemm import (
+    MANY_COLUMNS,
     Tile,
     TritonTarget,
+    block_rows,
+    capability,
     declines_architecture,
-    splits,
 )
 from fp4compile.lowering.unpack import float16_ptx, float16_words, table
+
+# Up to here decoding all of the weight would take longer than the products.
+MOST_ROWS = 64
+HOPPER = 90
 
 
 def _declines(problem: GemmProblem) -> str | None:
     if problem.route != FLOAT:
         return "an int8 operand is for exact sums"
     if problem.block_size:
-        return "block scales need a sum per block"
+        return "block scales need a factor per block"
     return declines_architecture(problem)
 
 
-def float_parameters(problem: GemmProblem) -> dict[str, Any]:
+def common_parameters(problem: GemmProblem) -> dict[str, Any]:
     """All integer values of 4 bits are exact in both 16-bit types; float32 is three bfloat16."""
     half = problem.operand_dtype == torch.float16
-    words = float16_words(problem.format, torch.float16 if half else torch.bfloat16)
     return {
-        "PTX": float16_ptx(words),
-        "CONSTRAINTS": "=r,=r,=r,=r,r",
-        "TABLE": table(problem.format),
         "VALUE_TYPE": "tl.float16" if half else "tl.bfloat16",
         "SUM_TYPE": "tl.float32",
         "PARTS": 3 if problem.operand_dtype == torch.float32 else 1,
     }
 
 
-def _tile(problem: GemmProblem, rows: int) -> Tile:
-    wide = problem.operand_dtype == torch.float32
-    if rows <= 16:
-        split = splits(problem, 32, 128)
-        return Tile(16, 32, 128, num_warps=4, num_stages=3 if wide else 4, split_k=split)
-    if rows <= 64 or wide:
-        return Tile(64, 64, 64, num_warps=4, num_stages=3 if wide else 4)
-    return Tile(128, 128, 64, num_warps=8, num_stages=3)
+def _few_rows_parameters(problem: GemmProblem) -> dict[str, Any]:
+    half = problem.operand_dtype == torch.float16
+    words = float16_words(problem.format, torch.float16 if half else torch.bfloat16)
+    return common_parameters(problem) | {
+        "PTX": float16_ptx(words),
+        "CONSTRAINTS": "=r,=r,=r,=r,r",
+        "TABLE": table(problem.format),
+    }
 
 
-TARGET = TritonTarget("triton_float", "triton_gemm", _declines, float_parameters, _tile)
+def tile(problem: GemmProblem, rows: int) -> Tile:
+    """For decoded weights."""
+    if problem.operand_dtype == torch.float32:
+        return Tile(64, 64, 64, num_warps=4, num_stages=3)
+    # AMD's GPUs have a quarter of the shared memory.
+    stages = 4 if capability(problem) else 2
+    if rows <= 512:
+        return Tile(64, 128, 64, num_warps=4, num_stages=stages)
+    if capability(problem) == HOPPER:
+        return Tile(128, 256, 64, num_warps=8, num_stages=4)
+    return Tile(128, 128, 64, num_warps=8, num_stages=stages)
+
+
+def _few_rows_tile(problem: GemmProblem, rows: int) -> Tile:
+    stages = 3 if problem.operand_dtype == torch.float32 else 4
+    if problem.N >= MANY_COLUMNS:
+        return Tile(block_rows(problem, rows), 32, 128, 2, stages, slices=2)
+    return Tile(block_rows(problem, rows), 16, 128, 4, stages, slices=4)
+
+
+FEW_ROWS = TritonTarget(
+    "triton_float",
+    ("triton_few",),
+    _declines,
+    _few_rows_parameters,
+    _few_rows_tile,
+    most_rows=MOST_ROWS,
+)
+TARGET = TritonTarget(
+    "triton_float",
+    ("triton_decoded",),
+    _declines,
+    common_parameters,
+    tile,
+    few_rows=FEW_ROWS,
+    decoded=True,
+)

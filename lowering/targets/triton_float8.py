@@ -1,7 +1,6 @@
 """fp8 tensor cores: activations of E4M3 or E5M2, E2M1 and E1M2 weights, float32 sums.
 
-Few rows are bfloat16 products: there every program would turn all of the operand into 8 bits for
-its few columns, and sm_90 multiplies 8-bit floats 64 rows at a time only.
+Few rows are bfloat16 products: sm_90 multiplies 8-bit floats 64 rows at a time only.
 """
 
 from __future__ import annotations
@@ -64,9 +63,12 @@ def operand_factor(problem: GemmProblem) -> float:
     return step / 2 if problem.architecture == "gfx942" else step
 
 
+def _operand(problem: GemmProblem) -> tuple[torch.dtype, float]:
+    return _types(problem)[1], operand_factor(problem)
+
+
 def _parameters(problem: GemmProblem) -> dict[str, Any]:
     name, dtype = _types(problem)
-    factor = operand_factor(problem)
     return {
         "PTX": float8_ptx(problem.format, dtype),
         "CONSTRAINTS": "=r,=r,r",
@@ -74,23 +76,23 @@ def _parameters(problem: GemmProblem) -> dict[str, Any]:
         "VALUE_TYPE": name,
         "SUM_TYPE": "tl.float32",
         "PARTS": 1,
-        "OPERAND_FACTOR": factor,
-        "UNIT": 1 / factor,
+        "UNIT": 1 / operand_factor(problem),
         "DOT_OPTIONS": f", max_num_imprecise_acc={IMPRECISE}",
     }
 
 
 def _tile(problem: GemmProblem, rows: int) -> Tile:
-    if rows <= 64:
-        return Tile(64, 64, 128, num_warps=4, num_stages=3)
-    return Tile(128, 128, 64, num_warps=8, num_stages=3)
+    if rows <= 512:
+        return Tile(128, 128, 128, num_warps=8, num_stages=3)
+    return Tile(256, 64, 128, num_warps=4, num_stages=3)
 
 
 TARGET = TritonTarget(
     "triton_float8",
-    "triton_gemm",
+    ("triton_gemm",),
     _declines,
     _parameters,
     _tile,
-    few_rows=triton_float.TARGET,
+    few_rows=triton_float.FEW_ROWS,
+    operand=_operand,
 )

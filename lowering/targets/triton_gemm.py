@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets.template import text
 
+# From here on a column of programs, each for 32 rows of the weight, fills a GPU.
+MANY_COLUMNS = 8192
 # About what data-centre GPUs of the last generations have.
 MULTIPROCESSORS = 128
 FIRST_CAPABILITY = 80
@@ -19,7 +23,9 @@ FEW_ROWS = 16
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program of the grid computes, and with how many warps; K is split ``split_k`` ways."""
+    """What a program of the grid computes, and with how many warps; K is split ``split_k`` ways,
+    and ``slices`` blocks of K are summed side by side.
+    """
 
     block_m: int
     block_n: int
@@ -27,29 +33,38 @@ class Tile:
     num_warps: int
     num_stages: int
     split_k: int = 1
+    slices: int = 1
     group_m: int = 8
 
 
 @dataclass(frozen=True)
 class TritonTarget:
-    """A Triton kernel family. ``body`` names the text of its sum over K; ``declines`` gives its own
-    reasons; ``parameters`` what the text takes beside the problem; ``tile`` the tile for M rows;
-    ``few_rows`` the family that serves its problems up to FEW_ROWS rows.
+    """A Triton kernel family. ``body`` names the texts of its sum over K; ``declines`` gives its
+    own reasons; ``parameters`` what the text takes beside the problem; ``tile`` the tile for M
+    rows; ``few_rows`` the family that serves its problems up to that one's ``most_rows``. ``reads``
+    names which of operand_outer and operand_shift its text reads; ``operand`` is the dtype in which
+    it reads the operand, and a power of two that the operand is multiplied by, or None for the
+    operand as it comes. Weights are ``decoded`` to that dtype by a kernel before it.
     """
 
     name: str
-    body: str
+    body: tuple[str, ...]
     declines: Callable[[GemmProblem], str | None]
     parameters: Callable[[GemmProblem], dict[str, Any]]
     tile: Callable[[GemmProblem, int], Tile]
-    # Which of operand_outer and operand_shift its text reads.
     reads: Callable[[GemmProblem], tuple[str, ...]] = lambda problem: ()
     bits: tuple[int, ...] = (4,)
     few_rows: TritonTarget | None = None
+    most_rows: int = FEW_ROWS
+    operand: Callable[[GemmProblem], tuple[torch.dtype, float] | None] = lambda problem: None
+    decoded: bool = False
 
-    def for_rows(self, rows: int) -> TritonTarget:
-        """The family whose kernel computes ``rows`` rows."""
-        return self.few_rows if self.few_rows and rows <= FEW_ROWS else self
+    def for_rows(self, problem: GemmProblem, rows: int) -> TritonTarget:
+        """The family whose kernel computes ``rows`` rows of ``problem``."""
+        few = self.few_rows
+        if few is None or rows > few.most_rows or few.declines(problem):
+            return self
+        return few.for_rows(problem, rows)
 
     def supports(self, problem: GemmProblem) -> str | None:
         """None, or the reason for declining ``problem``."""
@@ -76,10 +91,12 @@ class TritonTarget:
             "UNIT": 1.0,
             "DOT_OPTIONS": "",
             "WORDS": "",
+            "WIDEN": False,
+            "SECOND_TABLE": 0,
             **self.parameters(problem),
         }
         settings = [f"{{%- set {name} = {value!r} %}}" for name, value in parameters.items()]
-        parts = ("triton_unpack", "triton_tiles", self.body, "triton_store")
+        parts = ("triton_unpack", "triton_tiles", *self.body, "triton_store")
         return "\n".join((*settings, *map(text, parts)))
 
 
@@ -96,6 +113,13 @@ def declines_architecture(problem: GemmProblem) -> str | None:
     if capability(problem) >= FIRST_CAPABILITY or problem.architecture in AMD_TRIED:
         return None
     return f"{problem.architecture} was not tried, only sm_80 and later, {', '.join(AMD_TRIED)}"
+
+
+def block_rows(problem: GemmProblem, rows: int) -> int:
+    """Rows of a tile that holds all of a few: a power of two."""
+    # AMD's smallest product has 16.
+    smallest = 8 if capability(problem) else 16
+    return max(smallest, 1 << (rows - 1).bit_length())
 
 
 def splits(problem: GemmProblem, block_n: int, block_k: int) -> int:

@@ -6,12 +6,15 @@ from typing import Any
 
 from fp4compile.lowering.problem import INT8, GemmProblem
 from fp4compile.lowering.targets.triton_gemm import (
+    MANY_COLUMNS,
     Tile,
     TritonTarget,
+    block_rows,
+    capability,
     declines_architecture,
-    splits,
 )
-from fp4compile.lowering.unpack import int8_ptx, int8_words, table
+from fp4compile.lowering.targets.triton_row import one_row
+from fp4compile.lowering.unpack import int8_ptx, table
 
 
 def _declines(problem: GemmProblem) -> str | None:
@@ -24,7 +27,7 @@ def _declines(problem: GemmProblem) -> str | None:
 
 def _parameters(problem: GemmProblem) -> dict[str, Any]:
     return {
-        "PTX": int8_ptx(int8_words(problem.format)),
+        "PTX": int8_ptx(problem.format),
         "CONSTRAINTS": "=r,=r,r",
         "TABLE": table(problem.format),
         "VALUE_TYPE": "tl.int8",
@@ -34,12 +37,33 @@ def _parameters(problem: GemmProblem) -> dict[str, Any]:
 
 
 def _tile(problem: GemmProblem, rows: int) -> Tile:
-    if rows <= 16:
-        split = splits(problem, 32, 256)
-        return Tile(16, 32, 256, num_warps=4, num_stages=4, split_k=split)
     if rows <= 64:
         return Tile(64, 64, 128, num_warps=4, num_stages=4)
-    return Tile(128, 128, 128, num_warps=8, num_stages=3)
+    if rows <= 512:
+        return Tile(128, 64, 128, num_warps=4, num_stages=4)
+    if not capability(problem):
+        return Tile(128, 128, 128, num_warps=8, num_stages=3)
+    return Tile(256, 64, 128, num_warps=4, num_stages=3)
 
 
-TARGET = TritonTarget("triton_int8", "triton_gemm", _declines, _parameters, _tile)
+def _few_rows_tile(problem: GemmProblem, rows: int) -> Tile:
+    if problem.N >= MANY_COLUMNS:
+        return Tile(block_rows(problem, rows), 32, 128, num_warps=2, num_stages=4, slices=2)
+    return Tile(block_rows(problem, rows), 16, 128, num_warps=4, num_stages=4, slices=4)
+
+
+TARGET = TritonTarget(
+    "triton_int8",
+    ("triton_gemm",),
+    _declines,
+    _parameters,
+    _tile,
+    few_rows=TritonTarget(
+        "triton_int8",
+        ("triton_few",),
+        _declines,
+        _parameters,
+        _few_rows_tile,
+        few_rows=one_row("triton_int8"),
+    ),
+)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime.interpreter import TensorHandle
@@ -35,7 +36,30 @@ def _lop3(a: Words, b: Words, c: Words, table: Words) -> Words:
     return result
 
 
+def _dp4a(a: Words, b: Words, c: Words) -> Words:
+    products = a.view(np.int8).astype(np.int32) * b.view(np.int8)
+    total: Words = (products.reshape(-1, 4).sum(axis=1, dtype=np.int32)).view(np.uint32) + c
+    return total
+
+
+def _fma(dtype: torch.dtype) -> Callable[..., Words]:
+    """Twice a 16-bit float in each word, rounded once."""
+
+    def fma(a: Words, b: Words, c: Words) -> Words:
+        x, y, z = (
+            torch.from_numpy(_halves(word, a.shape)).view(dtype).double() for word in (a, b, c)
+        )
+        return (x * y + z).to(dtype).view(torch.int16).numpy().view(np.uint32).reshape(a.shape)
+
+    return fma
+
+
+def _halves(word: Words, shape: Any) -> NDArray[np.int16]:
+    return np.ascontiguousarray(np.broadcast_to(word, shape)).view(np.int16)
+
+
 _INSTRUCTIONS: dict[str, Callable[..., Words]] = {
+    "mov.b32": np.copy,
     "mov.u32": np.copy,
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
@@ -43,6 +67,9 @@ _INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "shr.u32": np.right_shift,
     "prmt.b32": _prmt,
     "lop3.b32": _lop3,
+    "dp4a.s32.s32": _dp4a,
+    "fma.rn.bf16x2": _fma(torch.bfloat16),
+    "fma.rn.f16x2": _fma(torch.float16),
 }
 
 

@@ -49,8 +49,8 @@ def operand(format, *shape):
 @pytest.mark.parametrize(
     ("name", "format", "M", "kernel"),
     [
-        ("sm_90", "e4m3", 20, "triton_float8"),
-        ("sm_89", "e5m2", 17, "triton_float8"),
+        ("sm_90", "e4m3", 80, "triton_float8"),
+        ("sm_89", "e5m2", 65, "triton_float8"),
         ("sm_90", "e5m2", 3, "triton_float"),
         ("sm_120", "e4m3", 16, "triton_float"),
     ],
@@ -73,7 +73,7 @@ def test_instructions(name, format):
 
     layer, inputs = Layer(256, 512, format), (operand(format, 200, 512), torch.rand(200, 1))
     (graph,) = compile_for(layer, inputs, GPUS[name], dynamic=True)
-    (kernel,) = graph.kernels
+    (kernel,) = (kernel for kernel in graph.kernels if "_tem_" in kernel.name)
     expected = INSTRUCTIONS[name].format(format).split("|")
     assert any(instruction in kernel.assembly for instruction in expected)
     assert "bf16.bf16" not in kernel.assembly
