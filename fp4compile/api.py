@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -114,28 +114,30 @@ def quantize(
         sites, left_out = select(graph, model, targets, ignore)
         sites, embeddings = without_embeddings(sites, spec)
         graph = replace(graph, sites=sites, skipped={**graph.skipped, **left_out, **embeddings})
-        if recipe is None:
-            decided = decide(
-                model,
-                graph,
-                batches,
-                spec,
-                method,
-                search=search,
-                sequential=sequential,
-                progress=progress,
-                max_memory=max_memory,
-                calibration_dir=calibration_dir,
-                process_group=process_group,
-            )
-        else:
-            decided = as_recipe(recipe).decisions(graph)
+        with _new_tensors_where(model):
+            if recipe is None:
+                decided = decide(
+                    model,
+                    graph,
+                    batches,
+                    spec,
+                    method,
+                    search=search,
+                    sequential=sequential,
+                    progress=progress,
+                    max_memory=max_memory,
+                    calibration_dir=calibration_dir,
+                    process_group=process_group,
+                )
+            else:
+                decided = as_recipe(recipe).decisions(graph)
         products = integrations.decide_products(
             model, batches, spec, method, attention, from_recipe=recipe is not None
         )
         rewrite = Rewrite(model, graph, decided)
-        for rewrite_pass in PASSES:
-            rewrite = rewrite_pass(rewrite)
+        with _new_tensors_where(model):
+            for rewrite_pass in PASSES:
+                rewrite = rewrite_pass(rewrite)
         made: Report = make_report(rewrite, spec, method, time.monotonic() - started, products)
         if report is not None:
             write_page(made, report)  # before the model changes: it may fail
@@ -189,6 +191,13 @@ def _check_model(model: nn.Module) -> None:
             raise NonFiniteError(
                 f"parameter {name} holds NaN or infinity; repair the checkpoint before quantizing"
             )
+
+
+def _new_tensors_where(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, tensors are made on the device that ``model`` is on unless they name another."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    # Every call of torch passes through what torch.device puts up.
+    return nullcontext() if device.type == "cpu" else cast(AbstractContextManager[Any], device)
 
 
 @contextmanager

@@ -140,6 +140,7 @@ def _compile(model: nn.Module, lowering: ModuleType, *, programs: bool, mode: st
     if not programs or elsewhere:
         logger.info("calls are compiled by Dynamo: %s", elsewhere or "programs=False")
         if mode == CUDA_GRAPHS:
+            model._compiled_call_impl = _marking_steps(model._compiled_call_impl)
             use_static_cache(model)
         return
     dynamo = model._compiled_call_impl
@@ -147,6 +148,16 @@ def _compile(model: nn.Module, lowering: ModuleType, *, programs: bool, mode: st
     compile_region = partial(_compile_region, lowering)
     model._compiled_call_impl = Dispatcher(model, compile_region, dynamo, lowering.Recording)
     use_static_cache(model)
+
+
+def _marking_steps(call: Any) -> Callable[..., Any]:
+    """``call``, each time a step of its own: nobody needs the results of the last one any more."""
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return call(*args, **kwargs)
+
+    return step
 
 
 def _compile_region(lowering: Any, region: Region, fake_mode: Any) -> CompiledRegion:

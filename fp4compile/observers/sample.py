@@ -29,8 +29,9 @@ class SampleObserver:
         device: torch.device | None = None,
     ) -> None:
         self.size = size
-        self.keys = torch.empty(0, dtype=torch.float64)
-        self.order = torch.empty(0, dtype=torch.int64)
+        # On the CPU, whose random numbers are the same everywhere.
+        self.keys = torch.empty(0, dtype=torch.float64, device="cpu")
+        self.order = torch.empty(0, dtype=torch.int64, device="cpu")
         self.rows = torch.empty(0, channels, device=device)
         self._seed = seed * BATCHES_PER_SEED
         self._batch = first
@@ -44,8 +45,8 @@ class SampleObserver:
     def update(self, x: Tensor) -> None:
         """See tokens ``[T, K]`` of the next batch."""
         generator = torch.Generator().manual_seed(self._seed + self._batch)
-        keys = torch.rand(x.shape[0], generator=generator, dtype=torch.float64)
-        self.keep(keys, (self._batch << 32) + torch.arange(x.shape[0]), x)
+        keys = torch.rand(x.shape[0], generator=generator, dtype=torch.float64, device="cpu")
+        self.keep(keys, (self._batch << 32) + torch.arange(x.shape[0], device="cpu"), x)
         self._batch += self._stride
 
     def merge(self, other: SampleObserver) -> None:
