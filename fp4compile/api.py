@@ -156,22 +156,19 @@ def quantize_and_compile(
     spec: str | QuantSpec = "w4a4",
     *,
     programs: bool = True,
-    mode: str | None = None,
     report: str | Path | None = None,
     **options: Any,
 ) -> nn.Module:
     """:func:`quantize`, then compile the model's forward with Inductor.
 
-    ``programs`` and ``mode`` are those of :func:`compile_model`, all other arguments those of
-    :func:`quantize`.
+    ``programs`` is that of :func:`compile_model`, all other arguments those of :func:`quantize`.
     The first call of each kind compiles (one is made here, for :func:`verify`, whose summary is
     logged); forward and ``generate`` then run compiled, prefill and decode alike.
     """
     load_lowerings()  # what cannot compile here shall fail before minutes of calibration
     if report is not None:
         check_writable(report)
-    quantized = quantize(model, calib_data, spec, **options)
-    compiled = compile_model(quantized, programs=programs, mode=mode)
+    compiled = compile_model(quantize(model, calib_data, spec, **options), programs=programs)
     if report is not None:
         made: Any = uncompiled(compiled).fp4_report  # names the kernels now
         write_page(made, report)

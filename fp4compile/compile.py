@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 # filled cache, with or without attention mask. Dynamo's default limit of 8 graphs is too few, and
 # beyond it the rest would run uncompiled.
 GRAPHS = 32
-# The mode of torch.compile that captures them; each is of fixed sizes.
-CUDA_GRAPHS = "reduce-overhead"
 
 
 def fp4compile_backend(
@@ -83,7 +81,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def compile_model(model: nn.Module, *, programs: bool = True, mode: str | None = None) -> nn.Module:
+def compile_model(model: nn.Module, *, programs: bool = True) -> nn.Module:
     """Compile ``model``'s forward in place; batch and sequence stay dynamic.
 
     ``generate`` calls the forward, so it is compiled too; transformers' own compilation of the
@@ -96,10 +94,6 @@ def compile_model(model: nn.Module, *, programs: bool = True, mode: str | None =
             guards run between the steps of ``generate``, and it uses a static cache where nobody
             asks for another. Calls that no program can take are compiled by Dynamo, as all are
             with False; a warning of the logger ``fp4compile`` has the reason.
-        mode: ``torch.compile``'s, for what Dynamo compiles. "reduce-overhead" on a GPU captures
-            the kernels of a call in a CUDA graph, so that a step of ``generate`` does not wait for
-            their launches: sizes are then static until they change, ``generate`` uses a static
-            cache, and a result is overwritten by the next call.
     """
     lowering = load_lowerings()
     wrapper, model = model, uncompiled(model)
@@ -117,7 +111,7 @@ def compile_model(model: nn.Module, *, programs: bool = True, mode: str | None =
         logger.info("kernels: %s", ", ".join(f"{n} x {target}" for target, n in counts.items()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     if wrapper is model:
-        _compile(model, lowering, programs=programs, mode=mode)
+        _compile(model, lowering, programs=programs)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         generation_config.disable_compile = True
@@ -131,33 +125,18 @@ def _architectures(model: nn.Module, lowering: ModuleType) -> set[str]:
     return {lowering.architecture(device) for device in devices}
 
 
-def _compile(model: nn.Module, lowering: ModuleType, *, programs: bool, mode: str | None) -> None:
-    backend = partial(fp4compile_backend, mode=mode)
-    dynamic = None if mode == CUDA_GRAPHS else True
-    model.compile(backend=recorded(model, backend, lowering), dynamic=dynamic)
+def _compile(model: nn.Module, lowering: ModuleType, *, programs: bool) -> None:
+    model.compile(backend=recorded(model, fp4compile_backend, lowering), dynamic=True)
     leave_generate(model)
     elsewhere = {tensor.device.type for tensor in model.parameters()} - {"cpu"}
     if not programs or elsewhere:
         logger.info("calls are compiled by Dynamo: %s", elsewhere or "programs=False")
-        if mode == CUDA_GRAPHS:
-            model._compiled_call_impl = _marking_steps(model._compiled_call_impl)
-            use_static_cache(model)
         return
     dynamo = model._compiled_call_impl
     assert dynamo is not None
     compile_region = partial(_compile_region, lowering)
     model._compiled_call_impl = Dispatcher(model, compile_region, dynamo, lowering.Recording)
     use_static_cache(model)
-
-
-def _marking_steps(call: Any) -> Callable[..., Any]:
-    """``call``, each time a step of its own: nobody needs the results of the last one any more."""
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
-        return call(*args, **kwargs)
-
-    return step
 
 
 def _compile_region(lowering: Any, region: Region, fake_mode: Any) -> CompiledRegion:
