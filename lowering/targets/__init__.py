@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fp4compile.lowering.targets import (
+    cpp_amx,
     cpp_avx2,
     cpp_avx512,
     cpp_portable,
@@ -17,6 +18,7 @@ from fp4compile.lowering.targets.template import CppTarget
 from fp4compile.lowering.targets.triton_gemm import TritonTarget
 
 CPU_TARGETS: tuple[CppTarget, ...] = (
+    cpp_amx.TARGET,
     cpp_avx512.TARGET,
     cpp_avx2.TARGET,
     cpp_portable.TARGET,

@@ -6,16 +6,17 @@ from fp4compile.lowering.problem import FLOAT, INT8, GemmProblem
 from fp4compile.lowering.targets.template import CppTarget, missing_flags
 
 _BASE = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
-_FLAGS = {INT8: (*_BASE, "avx512_vnni"), FLOAT: (*_BASE, "avx512_bf16")}
+FLAGS = {INT8: (*_BASE, "avx512_vnni"), FLOAT: (*_BASE, "avx512_bf16")}
+FAMILIES = {INT8: "avx512_int8", FLOAT: "avx512_bf16"}
 # A vector of packed bytes holds whole blocks, and a sum's lane of 8 codes lies within one.
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
 def _templates(problem: GemmProblem) -> tuple[str, ...]:
-    family = {INT8: "avx512_int8", FLOAT: "avx512_bf16"}[problem.route]
+    family = FAMILIES[problem.route]
     if problem.block_size:
         return ("avx512", "avx512_blocks", f"{family}_operand", f"{family}_blocks")
-    return ("avx512", f"{family}_operand", family)
+    return ("avx512", f"{family}_operand", family, f"{family}_panel")
 
 
 def _declines(problem: GemmProblem) -> str | None:
@@ -23,7 +24,7 @@ def _declines(problem: GemmProblem) -> str | None:
         return f"block scales of {problem.format.bits}-bit codes are not written"
     if problem.block_size and problem.block_size not in BLOCK_SIZES:
         return f"blocks of {problem.block_size} are not written, only {BLOCK_SIZES}"
-    return missing_flags(_FLAGS[problem.route])
+    return missing_flags(FLAGS[problem.route])
 
 
 TARGET = CppTarget(name="cpp_avx512", templates=_templates, declines=_declines)

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from fp4compile import lowering
 from fp4compile.blocks import SECOND_FORMAT, block_count
 from fp4compile.formats import alternatives
 from fp4compile.lowering.problem import GemmProblem
-from fp4compile.lowering.targets import CPU_TARGETS
+from fp4compile.lowering.targets import CPU_TARGETS, cpp_amx
 from fp4compile.packing import pack
 
+# Where there is no AMX its few instructions are emulated.
+EMULATES_TILES = not torch.cpu._init_amx()
+_EMULATION = Path(__file__).with_name("amx_emulation.h")
 _SIGNATURE = re.compile(r"void kernel\((.*?)\)", re.DOTALL)
 
 
@@ -67,7 +71,8 @@ class Layer:
     def served(self) -> bool:
         """Whether the target has a kernel for it on this CPU."""
         (target,) = (target for target in CPU_TARGETS if target.name == self.target)
-        return target.supports(self.problem) is None
+        with _tiles():
+            return target.supports(self.problem) is None
 
     def weights(self) -> dict[str, Tensor]:
         """Weight, scales and bias as fp4::linear names them; the same at every call."""
@@ -125,6 +130,13 @@ class Kernel:
     arguments: tuple[tuple[str, str], ...]
 
 
+def _tiles() -> AbstractContextManager[Any]:
+    """Targets find AMX, or the emulation that :func:`build` puts in its place."""
+    if not EMULATES_TILES:
+        return nullcontext()
+    return patch.object(cpp_amx, "without_tiles", lambda problem: None)
+
+
 def kernels_of(layers: Sequence[Layer]) -> list[Kernel]:
     """What Inductor would compile for ``layers``; the number of rows is an argument."""
     by_target: dict[str, list[Layer]] = {}
@@ -152,6 +164,7 @@ def _kernels_of_target(layers: Sequence[Layer]) -> Iterator[Kernel]:
 
     torch._dynamo.reset()
     with (
+        _tiles(),
         patch.object(lowering.config, "cpu_target", layers[0].target),
         patch.object(AsyncCompile, "cpp_pybinding", keep),
         inductor_config.patch(force_disable_caches=True),
@@ -183,6 +196,8 @@ def build(folder: Path, text: str, *, shared: bool, flags: Sequence[str] = ()) -
     how = CppTorchOptions(vec_isa=pick_vec_isa())
     builder = CppBuilder("kernels", [str(source)], how, output_dir=str(folder))
     compiler, *options = shlex.split(builder.get_command_line())
+    if EMULATES_TILES:
+        options += ["-DFP4_EMULATE_AMX", "-include", str(_EMULATION)]
     if not shared:
         options.remove("-shared")
         # Kernels need nothing of torch but its headers, and its libraries need Python.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fp4compile import lowering
 from fp4compile.errors import CompileError
 from fp4compile.lowering.choice import SEEN, choose
 from fp4compile.lowering.problem import GemmProblem
-from fp4compile.lowering.targets import CPU_TARGETS, cpp_avx512
+from fp4compile.lowering.targets import CPU_TARGETS, cpp_amx, cpp_avx512
 
 Make = Callable[..., Any]
 
@@ -57,6 +58,19 @@ def test_missing_flags_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen is not None
     assert chosen.name == choice.target != "cpp_avx512"
     assert "avx512_vnni" in choice.reason
+
+
+def test_tiles_need_the_systems_permission(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = (*cpp_avx512.FLAGS[PROBLEM.route], "amx_tile", "amx_int8")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True))
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    chosen, choice = choose(PROBLEM, CPU_TARGETS)
+    assert chosen is cpp_avx512.TARGET
+    assert "does not let" in choice.reason
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
+    assert choose(PROBLEM, CPU_TARGETS)[0] is cpp_amx.TARGET
+    blocks = replace(PROBLEM, weight_format="e2m1|e1m2", operand_scale="block", block_size=32)
+    assert choose(blocks, CPU_TARGETS)[0] is cpp_avx512.TARGET
 
 
 def test_forced_reference() -> None:

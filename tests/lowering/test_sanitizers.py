@@ -16,7 +16,7 @@ from fp4compile.packing import packed_size
 BF16, FP32 = torch.bfloat16, torch.float32
 # Every text of every target, on sizes that fill no tile; a row of weights ends with the buffer.
 LAYERS = (
-    Layer("cpp_avx512", 67, 131, "e2m1"),
+    Layer("cpp_amx", 67, 131, "e2m1"),  # all but its tiles is cpp_avx512's
     Layer("cpp_avx512", 33, 233, "e2m3", bias=True),
     Layer("cpp_avx512", 35, 259, "e4m3", BF16),
     Layer("cpp_avx512", 21, 333, "e2m1|e1m2", granularity="block", block_size=32),
