@@ -17,7 +17,12 @@ from fp4compile.compile import load_lowerings
 from fp4compile.lowering.gpus import GPUS, Gpu
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import triton_int8
-from fp4compile.lowering.targets.triton_gemm import Tile
+from fp4compile.lowering.targets.triton_gemm import (
+    MANY_COLUMNS,
+    MANY_ROWS,
+    ROW_CLASSES,
+    Tile,
+)
 
 # (model and layer, N, K)
 LAYERS = (
@@ -28,7 +33,11 @@ LAYERS = (
 )
 ROWS = (1, 16, 256, 4096)
 # Resources depend on the tile, hardly on the size; small ones compile and run faster.
-_COMPILED_N, _COMPILED_K = 256, 2048
+_FEW_N, _COMPILED_K = 256, 2048
+# The fewest rows of each class.
+_FEWEST = dict(
+    zip((*ROW_CLASSES, MANY_ROWS), (1, *(most + 1 for most in ROW_CLASSES)), strict=True)
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,9 @@ def run(names: Sequence[str], rows: Sequence[int] = ROWS) -> Iterator[Bound]:
 
 
 def bound(gpu: Gpu, layer: str, M: int, N: int, K: int) -> Bound:
-    tile = triton_int8.TARGET.tile(_problem(gpu, N, K), M)
-    registers, shared = _resources(gpu.name, tile)
+    problem, rows = _problem(gpu, N, K), next((c for c in ROW_CLASSES if c >= M), MANY_ROWS)
+    tile = triton_int8.TARGET.for_rows(problem, rows).tile(problem, rows)
+    registers, shared = _resources(gpu.name, N >= MANY_COLUMNS, rows)
     resident = _resident(gpu, tile, registers, shared)
     programs = -(-M // tile.block_m) * -(-N // tile.block_n) * tile.split_k
     return Bound(
@@ -115,11 +125,10 @@ def _problem(gpu: Gpu, N: int, K: int) -> GemmProblem:
 
 
 class _Linear(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, N: int) -> None:
         super().__init__()
-        packed = torch.zeros(_COMPILED_N, _COMPILED_K // 2, dtype=torch.uint8)
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale", torch.ones(_COMPILED_N))
+        self.register_buffer("packed", torch.zeros(N, _COMPILED_K // 2, dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(N))
 
     def forward(self, operand: Tensor, operand_scale: Tensor) -> Tensor:
         linear: Tensor = torch.ops.fp4.linear(
@@ -129,13 +138,14 @@ class _Linear(nn.Module):
 
 
 @cache
-def _resources(name: str, tile: Tile) -> tuple[int, int]:
+def _resources(name: str, many_columns: bool, rows: int) -> tuple[int, int]:
     """Registers per thread and shared memory per program of the compiled kernel."""
     from fp4compile.lowering.testing import compile_for
 
-    rows = tile.block_m if tile.block_m == 16 else tile.block_m - 1
-    inputs = (torch.zeros(rows, _COMPILED_K, dtype=torch.int8), torch.ones(rows, 1))
-    (graph,) = compile_for(_Linear(), inputs, GPUS[name], dynamic=True)
+    M = _FEWEST[rows]
+    inputs = (torch.zeros(M, _COMPILED_K, dtype=torch.int8), torch.ones(M, 1))
+    layer = _Linear(MANY_COLUMNS if many_columns else _FEW_N)
+    (graph,) = compile_for(layer, inputs, GPUS[name], dynamic=True)
     kernel = next(kernel for kernel in graph.kernels if "_tem_" in kernel.name)
     return kernel.registers, kernel.shared_memory
 

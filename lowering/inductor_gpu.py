@@ -24,11 +24,12 @@ from fp4compile.lowering.config import config
 from fp4compile.lowering.inductor import contiguous
 from fp4compile.lowering.inductor_pointwise import converted_operand, decoded_weight
 from fp4compile.lowering.problem import GemmProblem
-from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget
-
-# A kernel for few rows would serve many at a fraction of the speed, and the other way round.
-ROW_CLASSES = (1, 16, 64, 512)
-MANY_ROWS = 4096
+from fp4compile.lowering.targets.triton_gemm import (
+    MANY_ROWS,
+    ROW_CLASSES,
+    Tile,
+    TritonTarget,
+)
 
 
 def architecture(device: torch.device | int) -> str:
@@ -93,7 +94,8 @@ def gemm(
 def _expected(rows: Any) -> int:
     """The most rows of the class that ``rows`` is in; a guard compiles anew for another class."""
     for most in ROW_CLASSES:
-        if V.graph.sizevars.evaluate_expr(sympy.Le(rows, most)):
+        # False, and no guard, where a number depends on data.
+        if V.graph.sizevars.guard_or_false(sympy.Le(rows, most)):
             return most
     return MANY_ROWS
 

@@ -97,7 +97,6 @@ class ActivationProblem:
     rotation: int
     block_size: int
     block_clip: float
-    device: str = "cpu"
 
     @property
     def formats(self) -> tuple[FloatFormat, ...]:

@@ -100,7 +100,6 @@ def quantize_rows(
         rotation=inductor.static_int(rotation),
         block_size=inductor.static_int(block_size),
         block_clip=block_clip,
-        device=x.get_device().type,
     )
     reason = _declines(problem)
     if channel_order is not None:
@@ -135,8 +134,6 @@ def quantize_rows(
 
 
 def _declines(problem: ActivationProblem) -> str | None:
-    if problem.device != "cpu":
-        return f"the activation is on {problem.device}"
     if problem.K > MAX_CHANNELS:
         return f"a row of more than {MAX_CHANNELS} channels is too large for the stack"
     if config.cpu_target == REFERENCE:

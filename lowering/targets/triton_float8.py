@@ -75,7 +75,6 @@ def _parameters(problem: GemmProblem) -> dict[str, Any]:
         "TABLE": table(problem.format),
         "VALUE_TYPE": name,
         "SUM_TYPE": "tl.float32",
-        "PARTS": 1,
         "UNIT": 1 / operand_factor(problem),
         "DOT_OPTIONS": f", max_num_imprecise_acc={IMPRECISE}",
     }

@@ -19,6 +19,10 @@ FIRST_CAPABILITY = 80
 AMD_TRIED = ("gfx942", "gfx950")
 # A step of decoding: what is read of the weight decides the time.
 FEW_ROWS = 16
+# A kernel for few rows would serve many at a fraction of its speed, and the other way round: each
+# class of numbers of rows, up to these, has kernels of its own.
+ROW_CLASSES = (1, FEW_ROWS, 64, 512)
+MANY_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,6 @@ class TritonTarget:
             "UNIT": 1.0,
             "DOT_OPTIONS": "",
             "WORDS": "",
-            "WIDEN": False,
             "SECOND_TABLE": 0,
             **self.parameters(problem),
         }

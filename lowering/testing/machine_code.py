@@ -90,7 +90,7 @@ class MachineCode:
         loops = [
             [name for at, name, _ in lines if int(target[1], 16) <= at <= end]
             for end, branch, operands in lines
-            if branch == "BRA" and (target := _BRANCH_TARGET.search(operands))
+            if branch.split(".")[0] == "BRA" and (target := _BRANCH_TARGET.search(operands))
         ]
         longest = max(loops, key=len)
         return Counter(longest)
