@@ -12,6 +12,8 @@ import torch
 
 from fp4compile.lowering.problem import FLOAT, GemmProblem
 from fp4compile.lowering.targets.triton_gemm import (
+    FEW_ROWS,
+    HOPPER,
     MANY_COLUMNS,
     Tile,
     TritonTarget,
@@ -23,7 +25,6 @@ from fp4compile.lowering.unpack import float16_ptx, float16_words, table
 
 # Up to here decoding all of the weight would take longer than the products.
 MOST_ROWS = 64
-HOPPER = 90
 
 
 def _declines(problem: GemmProblem) -> str | None:
@@ -68,13 +69,18 @@ def tile(problem: GemmProblem, rows: int) -> Tile:
 
 
 def _few_rows_tile(problem: GemmProblem, rows: int) -> Tile:
-    stages = 3 if problem.operand_dtype == torch.float32 else 4
-    if problem.N >= MANY_COLUMNS:
-        return Tile(block_rows(problem, rows), 32, 128, 2, stages, slices=2)
-    return Tile(block_rows(problem, rows), 16, 128, 4, stages, slices=4)
+    if problem.operand_dtype == torch.float32:
+        return Tile(16, 16, 128, num_warps=4, num_stages=3, slices=4)
+    block_m = block_rows(problem, rows)
+    if capability(problem) == HOPPER and (block_m > FEW_ROWS or problem.N >= MANY_COLUMNS):
+        block_n = 32 if problem.N >= MANY_COLUMNS else 16
+        return Tile(block_m, block_n, 128, num_warps=2, num_stages=4, slices=2)
+    if block_m > FEW_ROWS:
+        return Tile(block_m, 32, 64, num_warps=4, num_stages=2)
+    return Tile(block_m, 16, 128, num_warps=4, num_stages=4, slices=4)
 
 
-FEW_ROWS = TritonTarget(
+FEW = TritonTarget(
     "triton_float",
     ("triton_few",),
     _declines,
@@ -88,6 +94,6 @@ TARGET = TritonTarget(
     _declines,
     common_parameters,
     tile,
-    few_rows=FEW_ROWS,
+    few_rows=FEW,
     decoded=True,
 )

@@ -81,9 +81,7 @@ def _parameters(problem: GemmProblem) -> dict[str, Any]:
 
 
 def _tile(problem: GemmProblem, rows: int) -> Tile:
-    if rows <= 512:
-        return Tile(128, 128, 128, num_warps=8, num_stages=3)
-    return Tile(256, 64, 128, num_warps=4, num_stages=3)
+    return Tile(128, 128, 128 if capability(problem) else 64, num_warps=8, num_stages=3)
 
 
 TARGET = TritonTarget(
@@ -92,6 +90,6 @@ TARGET = TritonTarget(
     _declines,
     _parameters,
     _tile,
-    few_rows=triton_float.FEW_ROWS,
+    few_rows=triton_float.FEW,
     operand=_operand,
 )

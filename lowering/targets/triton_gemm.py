@@ -23,6 +23,8 @@ FEW_ROWS = 16
 # class of numbers of rows, up to these, has kernels of its own.
 ROW_CLASSES = (1, FEW_ROWS, 64, 512)
 MANY_ROWS = 4096
+# Its products take one operand from shared memory, so larger tiles fit the registers.
+HOPPER = 90
 
 
 @dataclass(frozen=True)

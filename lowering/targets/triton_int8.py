@@ -6,6 +6,7 @@ from typing import Any
 
 from fp4compile.lowering.problem import INT8, GemmProblem
 from fp4compile.lowering.targets.triton_gemm import (
+    HOPPER,
     MANY_COLUMNS,
     Tile,
     TritonTarget,
@@ -41,9 +42,9 @@ def _tile(problem: GemmProblem, rows: int) -> Tile:
         return Tile(64, 64, 128, num_warps=4, num_stages=4)
     if rows <= 512:
         return Tile(128, 64, 128, num_warps=4, num_stages=4)
-    if not capability(problem):
-        return Tile(128, 128, 128, num_warps=8, num_stages=3)
-    return Tile(256, 64, 128, num_warps=4, num_stages=3)
+    if capability(problem) == HOPPER:
+        return Tile(256, 64, 128, num_warps=4, num_stages=3)
+    return Tile(128, 128, 128, num_warps=8, num_stages=3)
 
 
 def _few_rows_tile(problem: GemmProblem, rows: int) -> Tile:

@@ -86,6 +86,15 @@ def test_a_weight_takes_three_instructions(layer, int8_operand, name, M):
     assert kernel.local_memory == 0
 
 
+@pytest.mark.parametrize("rows", [64, 513])
+@pytest.mark.parametrize("name", ["sm_80", "sm_120", "gfx942"])
+def test_tiles_fit(layer, int8_operand, name, rows):
+    for x in (int8_operand(rows, 512), torch.randn(rows, 512).bfloat16()):
+        kernel = compiled(layer(256, 512), (x,), name)
+        assert kernel.local_memory == 0
+        assert kernel.shared_memory <= GPUS[name].shared_memory
+
+
 def test_unknown_gpu():
     with pytest.raises(CompileError, match="sm_90"):
         gpu_by_name("sm_1")
