@@ -40,7 +40,7 @@ def converted_operand(
             m, k = index
             scale = load_scale([m * problem.blocks + FloorDiv(k, problem.block_size)])
             if load_outer is not None:
-                scale = ops.truediv(scale, load_outer([0]))
+                scale = _nearest_e4m3(ops.truediv(scale, load_outer([0])))
             x = ops.mul(x, scale)
         return ops.to_dtype(x, dtype)
 
@@ -74,6 +74,13 @@ def _value(code: Any, fmt: FloatFormat) -> Any:
     magnitude = ops.bitwise_and(code, _integer(7))
     x = _unsigned_float(magnitude, fmt.mantissa_bits, FLOAT32_BIAS - 1)
     return ops.where(ops.ne(ops.bitwise_and(code, _integer(8)), _integer(0)), ops.neg(x), x)
+
+
+def _nearest_e4m3(x: Any) -> Any:
+    """``x``, a rounding of float32 away from an E4M3 number of any exponent, as that number."""
+    bits = ops.to_dtype_bitcast(x, torch.int32, torch.float32)
+    rounded = ops.bitwise_and(ops.add(bits, _integer(1 << 19)), _integer(-1 << 20))
+    return ops.to_dtype_bitcast(rounded, torch.float32, torch.int32)
 
 
 def _e4m3(code: Any) -> Any:

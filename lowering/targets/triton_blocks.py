@@ -1,8 +1,8 @@
 """Block scales: 16-bit tensor cores, codes times the scale of their block.
 
-A code has at most 3 significant bits and an E4M3 scale 4, so their product is exact in 16 bits,
-that of an operand's code with its scale too: nothing rounds but the float32 sum, and no block needs
-a sum of its own.
+A code has at most 3 significant bits and an E4M3 scale 4, so their product is exact in 16 bits: no
+block needs a sum of its own. So is that of an operand's code of at most 4 bits with its scale;
+others are float32, as three bfloat16.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fp4compile.formats import alternatives
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets.triton_float import MOST_ROWS, common_parameters, tile
 from fp4compile.lowering.targets.triton_gemm import (
@@ -23,6 +24,8 @@ from fp4compile.lowering.targets.triton_row import one_row
 from fp4compile.lowering.unpack import float16_ptx, float16_tables_ptx, float16_words, table
 
 BLOCK_SIZES = (16, 32, 64, 128)
+# Significant ones.
+E4M3_BITS, BFLOAT16_BITS = 4, 8
 
 
 def _declines(problem: GemmProblem) -> str | None:
@@ -34,9 +37,17 @@ def _declines(problem: GemmProblem) -> str | None:
 
 
 def _operand(problem: GemmProblem) -> tuple[torch.dtype, float] | None:
-    if problem.operand_dtype == torch.int8:
-        return torch.bfloat16, 1.0
-    return None
+    if problem.operand_scale == "block":
+        return torch.bfloat16 if _exact_with_scale(problem.operand_format) else torch.float32, 1.0
+    return (torch.bfloat16, 1.0) if problem.operand_dtype == torch.int8 else None
+
+
+def _exact_with_scale(operand_format: str) -> bool:
+    """Whether a code's value times an E4M3 scale is a bfloat16."""
+    if not operand_format:
+        return False
+    bits = max(fmt.mantissa_bits + 1 for fmt in alternatives(operand_format))
+    return bits + E4M3_BITS <= BFLOAT16_BITS
 
 
 def _reads(problem: GemmProblem) -> tuple[str, ...]:

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from fp4compile.blocks import SECOND_FORMAT, block_count
+from fp4compile.formats import alternatives
 from fp4compile.lowering.choice import SEEN
 from fp4compile.lowering.gpus import GPUS
+from fp4compile.ops.quantize_activation import operand_dtype
 from fp4compile.packing import pack
 
 linear = torch.ops.fp4.linear
@@ -27,7 +29,7 @@ class BlockLayer(nn.Module):
         self.register_buffer("bias", torch.randn(N))
         self.format, self.block_size = format, block_size
 
-    def forward(self, operand, operand_scale=None):
+    def forward(self, operand, operand_scale=None, operand_format="", operand_outer=None):
         return linear(
             operand,
             operand_scale,
@@ -38,6 +40,8 @@ class BlockLayer(nn.Module):
             torch.float32,
             self.block_scale,
             self.block_size,
+            operand_format,
+            operand_outer,
         )
 
 
@@ -62,6 +66,31 @@ def test_int8_operand(int8_operand, format, block_size, granularity, M):
     result = interpret(layer, inputs, GPUS["sm_90"], dynamic=True)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
     assert {choice.target for choice in SEEN} == {"triton_blocks"}
+
+
+@pytest.mark.parametrize(
+    ("operand_format", "M"),
+    [("e2m1|e1m2", 1), ("e2m1|e1m2", 5), ("e4m3", 3), ("e1m6", 5), ("e2m3", 70)],
+)
+def test_operands_in_blocks(operand_format, M):
+    from fp4compile.lowering.testing import interpret
+
+    torch.manual_seed(0)
+    N, K = 40, 128
+    fmt = alternatives(operand_format)[0]
+    values = torch.tensor(fmt.integer_values, dtype=torch.float32)
+    operand = values[torch.randint(0, len(values), (M, K))].to(operand_dtype(operand_format))
+    outer = torch.tensor(0.013)
+    codes = torch.randint(1, 127, (M, K // 32)).byte()
+    scale = codes.view(torch.float8_e4m3fn).float() * outer
+    layer = BlockLayer(N, K, "e2m1|e1m2", 32)
+    expected = layer(operand, scale, operand_format, outer)
+
+    def run(operand, scale, outer):
+        return layer(operand, scale, operand_format, outer)
+
+    result = interpret(run, (operand, scale, outer), GPUS["sm_90"])
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

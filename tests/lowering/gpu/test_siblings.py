@@ -1,4 +1,4 @@
-"""Several weights in one GEMM: columns of tiles that lie in two of them, scales, split K."""
+"""Several weights in one GEMM: columns of tiles that lie in two of them, scales, few rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def launched(layer, inputs, name):
     ("name", "rows", "K", "M", "bias"),
     [
         ("sm_90", (70, 30, 31), 200, 70, True),
-        ("sm_90", (40, 24, 24), 1040, 3, True),  # K is split
+        ("sm_90", (40, 24, 24), 1040, 3, True),  # few rows
         ("sm_100", (100, 40, 20), 128, 5, False),
     ],
 )
