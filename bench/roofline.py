@@ -22,6 +22,7 @@ from fp4compile.lowering.targets.triton_gemm import (
     MANY_ROWS,
     ROW_CLASSES,
     Tile,
+    row_class,
 )
 
 # (model and layer, N, K)
@@ -80,7 +81,7 @@ def run(names: Sequence[str], rows: Sequence[int] = ROWS) -> Iterator[Bound]:
 
 
 def bound(gpu: Gpu, layer: str, M: int, N: int, K: int) -> Bound:
-    problem, rows = _problem(gpu, N, K), next((c for c in ROW_CLASSES if c >= M), MANY_ROWS)
+    problem, rows = _problem(gpu, N, K), row_class(lambda most: most >= M)
     tile = triton_int8.TARGET.for_rows(problem, rows).tile(problem, rows)
     registers, shared = _resources(gpu.name, N >= MANY_COLUMNS, rows)
     resident = _resident(gpu, tile, registers, shared)

@@ -24,12 +24,7 @@ from fp4compile.lowering.config import config
 from fp4compile.lowering.inductor import contiguous
 from fp4compile.lowering.inductor_pointwise import converted_operand, decoded_weight
 from fp4compile.lowering.problem import GemmProblem
-from fp4compile.lowering.targets.triton_gemm import (
-    MANY_ROWS,
-    ROW_CLASSES,
-    Tile,
-    TritonTarget,
-)
+from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget, float_type, row_class
 
 
 def architecture(device: torch.device | int) -> str:
@@ -93,49 +88,53 @@ def gemm(
 
 def _expected(rows: Any) -> int:
     """The most rows of the class that ``rows`` is in; a guard compiles anew for another class."""
-    for most in ROW_CLASSES:
-        # False, and no guard, where a number depends on data.
-        if V.graph.sizevars.guard_or_false(sympy.Le(rows, most)):
-            return most
-    return MANY_ROWS
+    # Of no class, and no guard, where a number depends on data.
+    return row_class(lambda most: V.graph.sizevars.guard_or_false(sympy.Le(rows, most)))
 
 
 def _as_read(
     target: TritonTarget, problem: GemmProblem, inputs: dict[str, Any], siblings: Sequence[int]
 ) -> tuple[GemmProblem, dict[str, Any]]:
     """The problem and the inputs as the kernel of ``target`` takes them."""
-    inputs = dict(inputs)
     wanted = target.operand(problem)
     if wanted is not None:
-        dtype, factor = wanted
-        blocks = problem.operand_scale == "block"
-        if blocks and "operand_outer" not in inputs:
-            # Nobody says that the scales are those of E4M3.
-            dtype = torch.float32
-        inputs["operand"] = converted_operand(problem, inputs, dtype, factor)
-        if blocks:
-            del inputs["operand_scale"]
-            if "operand_outer" in inputs:
-                inputs["operand_scale"] = inputs.pop("operand_outer")
-            scale = "tensor" if "operand_scale" in inputs else None
-            problem = replace(problem, operand_scale=scale)
-        problem = replace(problem, operand_dtype=dtype)
-    if target.decoded:
-        half = problem.operand_dtype == torch.float16
-        weights = [
-            decoded_weight(
-                problem,
-                inputs.pop(packed),
-                inputs.pop(scale, None),
-                torch.float16 if half else torch.bfloat16,
-            )
-            for packed, scale in zip(
-                _each("packed_weight", siblings), _each("block_scale", siblings), strict=True
-            )
-        ]
-        joined = inductor_lowering.pointwise_cat(weights) if siblings else weights[0]
-        inputs["decoded"] = contiguous(joined)
-    return problem, inputs
+        problem, inputs = _with_operand(problem, inputs, *wanted)
+    return problem, _with_decoded(problem, inputs, siblings) if target.decoded else inputs
+
+
+def _with_operand(
+    problem: GemmProblem, inputs: dict[str, Any], dtype: torch.dtype, factor: float
+) -> tuple[GemmProblem, dict[str, Any]]:
+    """An operand in ``dtype``, to which the scales of its blocks have gone but their outer one."""
+    inputs = dict(inputs)
+    blocks = problem.operand_scale == "block"
+    if blocks and "operand_outer" not in inputs:
+        # Nobody says that the scales are those of E4M3.
+        dtype = torch.float32
+    inputs["operand"] = converted_operand(problem, inputs, dtype, factor)
+    problem = replace(problem, operand_dtype=dtype)
+    if not blocks:
+        return problem, inputs
+    del inputs["operand_scale"]
+    if "operand_outer" not in inputs:
+        return replace(problem, operand_scale=None), inputs
+    inputs["operand_scale"] = inputs.pop("operand_outer")
+    return replace(problem, operand_scale="tensor"), inputs
+
+
+def _with_decoded(
+    problem: GemmProblem, inputs: dict[str, Any], siblings: Sequence[int]
+) -> dict[str, Any]:
+    """``decoded`` in place of packed weights and the scales of their blocks."""
+    inputs = dict(inputs)
+    weights = [
+        decoded_weight(problem, inputs.pop(packed), inputs.pop(scale, None), float_type(problem))
+        for packed, scale in zip(
+            _each("packed_weight", siblings), _each("block_scale", siblings), strict=True
+        )
+    ]
+    joined = inductor_lowering.pointwise_cat(weights) if siblings else weights[0]
+    return {**inputs, "decoded": contiguous(joined)}
 
 
 def _each(name: str, siblings: Sequence[int]) -> list[str]:

@@ -72,7 +72,7 @@ def decoded_weight(problem: GemmProblem, packed: Any, block_scale: Any, dtype: t
 def _value(code: Any, fmt: FloatFormat) -> Any:
     """float32 integer value of the code in the lower four bits."""
     magnitude = ops.bitwise_and(code, _integer(7))
-    x = _unsigned_float(magnitude, fmt.mantissa_bits, FLOAT32_BIAS - 1)
+    x = _unsigned_float(magnitude, fmt.mantissa_bits)
     return ops.where(ops.ne(ops.bitwise_and(code, _integer(8)), _integer(0)), ops.neg(x), x)
 
 
@@ -85,12 +85,12 @@ def _nearest_e4m3(x: Any) -> Any:
 
 def _e4m3(code: Any) -> Any:
     """float32 of an E4M3 number without sign, from its code."""
-    return ops.mul(_unsigned_float(code, 3, FLOAT32_BIAS - 1), ops.constant(2.0**-9, torch.float32))
+    return ops.mul(_unsigned_float(code, 3), ops.constant(2.0**-9, torch.float32))
 
 
-def _unsigned_float(code: Any, mantissa_bits: int, bias: int) -> Any:
+def _unsigned_float(code: Any, mantissa_bits: int) -> Any:
     """(2^m + mantissa) 2^(exponent - 1) from the bits of both; without exponent the mantissa."""
-    raised = ops.add(code, _integer((bias + mantissa_bits) << mantissa_bits))
+    raised = ops.add(code, _integer((FLOAT32_BIAS - 1 + mantissa_bits) << mantissa_bits))
     bits = ops.bitwise_left_shift(raised, _integer(23 - mantissa_bits))
     normal = ops.to_dtype_bitcast(bits, torch.float32, torch.int32)
     small = ops.lt(code, _integer(1 << mantissa_bits))

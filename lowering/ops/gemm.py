@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,3 +75,9 @@ def gemm_inputs(
     if operand_scale is not None:
         inputs["operand_scale"] = inductor.as_vector(operand_scale)
     return inputs
+
+
+def operand_facts(wanted: Sequence[str], operand_outer: Any, operand_shift: Any) -> dict[str, Any]:
+    """Those of the two that a GPU's kernel wants, as far as they are given."""
+    given = {"operand_outer": operand_outer, "operand_shift": operand_shift}
+    return {n: inductor.as_vector(given[n]) for n in wanted if given[n] is not None}

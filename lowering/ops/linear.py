@@ -9,7 +9,7 @@ import torch
 from fp4compile.kernels import KernelChoice
 from fp4compile.lowering import inductor, inductor_gpu
 from fp4compile.lowering.choice import choose, log
-from fp4compile.lowering.ops.gemm import gemm_inputs, gemm_problem, place
+from fp4compile.lowering.ops.gemm import gemm_inputs, gemm_problem, operand_facts, place
 from fp4compile.lowering.ops.grouped_linear import choose_for_stack
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import TritonTarget, targets_of
@@ -72,12 +72,7 @@ def linear(
     if isinstance(target, TritonTarget):
         if bias is not None:
             inputs["bias"] = inductor.as_vector(bias)
-        extra = {"operand_outer": operand_outer, "operand_shift": operand_shift}
-        inputs |= {
-            name: inductor.as_vector(extra[name])
-            for name in target.reads(problem)
-            if extra[name] is not None
-        }
+        inputs |= operand_facts(target.reads(problem), operand_outer, operand_shift)
         return inductor_gpu.gemm(target, problem, inputs, batch)
     if bias is not None:
         inputs["bias"] = inductor.as_vector(inductor.to_dtype(bias, torch.float32))

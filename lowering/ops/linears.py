@@ -9,7 +9,7 @@ import torch
 
 from fp4compile.lowering import inductor, inductor_gpu
 from fp4compile.lowering.choice import choose
-from fp4compile.lowering.ops.gemm import gemm_problem
+from fp4compile.lowering.ops.gemm import gemm_problem, operand_facts
 from fp4compile.lowering.ops.linear import linear, warn_of_stale_cache
 from fp4compile.lowering.targets import TritonTarget, targets_of
 from fp4compile.lowering.targets.triton_gemm import capability
@@ -72,12 +72,7 @@ def linears(
     inputs |= _numbered("bias", map(inductor.as_vector, biases))
     if operand_scale is not None:
         inputs["operand_scale"] = inductor.as_vector(operand_scale)
-    extra = {"operand_outer": operand_outer, "operand_shift": operand_shift}
-    inputs |= {
-        name: inductor.as_vector(extra[name])
-        for name in target.reads(problem)
-        if extra[name] is not None
-    }
+    inputs |= operand_facts(target.reads(problem), operand_outer, operand_shift)
     y = inductor_gpu.gemm(target, problem, inputs, operand.get_size()[:-1], rows)
     return inductor.split(y, rows)
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4compile.formats import FloatFormat, alternatives
+from fp4compile.formats import alternatives
 from fp4compile.kernels import REFERENCE
 from fp4compile.lowering import inductor
 from fp4compile.lowering.choice import record
 from fp4compile.lowering.config import config
 from fp4compile.lowering.ops.quantize_blocks import quantize_blocks, rotated
+from fp4compile.lowering.ops.rounding import divide, round_steps, scale_for_max
 from fp4compile.lowering.problem import ActivationProblem
 from fp4compile.lowering.targets.template import text
 from fp4compile.numerics import power_of_two
@@ -23,10 +24,7 @@ from fp4compile.ops.quantize_activation import operand_dtype
 
 _OP = torch.ops.fp4.quantize_activation.default
 _reference = inductor.eager_reference(_OP)
-FLOAT32_EXPONENT = 0x7F800000
 MAX_CHANNELS = 2**17
-# Binades with a coarser step, up to which comparing with each is faster than looking at bits.
-MAX_COMPARED = 3
 
 
 @inductor.register_as_aten(_OP)
@@ -55,16 +53,14 @@ def quantize_activation(
     formats = alternatives(format)
     if granularity == "block":
         clips = (1.0,) if block_clip == 1.0 else (1.0, block_clip)
-        rounded, operand_scale = quantize_blocks(
-            values, scale, formats, block_size, clips, _round_steps
-        )
+        rounded, operand_scale = quantize_blocks(values, scale, formats, block_size, clips)
         return _shifted_back(rounded, exponent_shift, shift_in_weight, format), operand_scale
     (fmt,) = formats
     if granularity == "token":
-        operand_scale = _scale_for_max(values.abs().amax(dim=-1, keepdim=True) * scale, fmt)
+        operand_scale = scale_for_max(values.abs().amax(dim=-1, keepdim=True) * scale, fmt)
     else:
         operand_scale = scale.clone()
-    rounded = _round_steps(values * _divide(torch.ones_like(operand_scale), operand_scale), fmt)
+    rounded = round_steps(values * divide(torch.ones_like(operand_scale), operand_scale), fmt)
     return _shifted_back(rounded, exponent_shift, shift_in_weight, format), operand_scale
 
 
@@ -139,48 +135,3 @@ def _declines(problem: ActivationProblem) -> str | None:
     if config.cpu_target == REFERENCE:
         return "forced by config.cpu_target"
     return None
-
-
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b rounded to nearest: Triton's own division is not, but that of addcdiv is."""
-    return torch.addcdiv(torch.zeros_like(b), a, b)
-
-
-def _scale_for_max(maximum: Tensor, fmt: FloatFormat) -> Tensor:
-    """As ``numerics.scale_for_max``."""
-    scale = _divide(maximum, torch.full_like(maximum, fmt.max_integer))
-    return torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
-
-
-def _round_steps(steps: Tensor, fmt: FloatFormat) -> Tensor:
-    """As ``numerics.round_steps``, which saves memory by mutating what it made."""
-    bound = float(fmt.max_integer)
-    # clamp keeps NaN; no code holds it, so it becomes 0. C++ calls isnan for every lane.
-    clipped = torch.where(steps != steps, 0.0, steps.clamp(-bound, bound))
-    if fmt.mantissa_bits == 0:
-        return _round_to_power_of_two(clipped)
-    # float32 has no bits below one quantum here, so the adder rounds to nearest even.
-    magic = _quantum(clipped, fmt) * (1.5 * 2**23)
-    return (clipped + magic) - magic
-
-
-def _quantum(steps: Tensor, fmt: FloatFormat) -> Tensor:
-    """Distance of neighbours in the binade of ``steps``."""
-    coarse = [2.0**e for e in range(fmt.mantissa_bits + 1, 128) if 2**e <= fmt.max_integer]
-    if len(coarse) <= MAX_COMPARED:
-        # C++ casts the bits of every lane by itself.
-        magnitude = steps.abs()
-        quantum = torch.ones_like(steps)
-        for number, start in enumerate(coarse):
-            quantum = torch.where(magnitude >= start, 2.0 ** (number + 1), quantum)
-        return quantum
-    binade = (steps.view(torch.int32) & FLOAT32_EXPONENT).view(torch.float32)
-    return (binade * 2.0**-fmt.mantissa_bits).clamp(min=1.0)
-
-
-def _round_to_power_of_two(steps: Tensor) -> Tensor:
-    magnitude = steps.abs()
-    bits = magnitude.view(torch.int32)
-    rounded = ((bits + 0x3FFFFF + ((bits >> 23) & 1)) & FLOAT32_EXPONENT).view(torch.float32)
-    value = torch.where(magnitude < 1.0, (magnitude > 0.5).to(torch.float32), rounded)
-    return torch.where(steps < 0, -value, value)

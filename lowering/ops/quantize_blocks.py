@@ -6,17 +6,17 @@ Sums are the same but for their order, so a value halfway between two codes may 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fp4compile.blocks import E4M3_MAX, E4M3_MIN
-from fp4compile.formats import FloatFormat
+from fp4compile.formats import FloatFormat, by_name
+from fp4compile.lowering.ops.rounding import round_steps
 
-FLOAT32_EXPONENT = 0x7F800000
-E4M3_MANTISSA_BITS = 3
+E4M3 = by_name("e4m3")
 
 
 def rotated(values: Tensor, size: int) -> Tensor:
@@ -36,7 +36,6 @@ def quantize_blocks(
     formats: Sequence[FloatFormat],
     block_size: int,
     clips: Sequence[float],
-    round_steps: Callable[[Tensor, FloatFormat], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Steps ``[..., K]`` and their scales ``[..., blocks]``, as ``blocks.quantize_blocks``."""
     channels = values.shape[-1]
@@ -64,9 +63,6 @@ def quantize_blocks(
 
 
 def _to_e4m3(ratio: Tensor) -> Tensor:
-    """The nearest scale; by float32's adder, as GPUs before sm_89 have no 8-bit floats."""
-    ratio = ratio.clamp(E4M3_MIN, E4M3_MAX)
-    binade = (ratio.view(torch.int32) & FLOAT32_EXPONENT).view(torch.float32)
-    quantum = (binade * 2.0**-E4M3_MANTISSA_BITS).clamp(min=E4M3_MIN)
-    magic = quantum * (1.5 * 2**23)
-    return (ratio + magic) - magic
+    """The nearest scale; in float32, as GPUs before sm_89 have no 8-bit floats."""
+    step = E4M3.default_step
+    return round_steps(ratio.clamp(E4M3_MIN, E4M3_MAX) / step, E4M3) * step

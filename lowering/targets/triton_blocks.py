@@ -19,6 +19,7 @@ from fp4compile.lowering.targets.triton_gemm import (
     TritonTarget,
     block_rows,
     declines_architecture,
+    float_type,
 )
 from fp4compile.lowering.targets.triton_row import one_row
 from fp4compile.lowering.unpack import float16_ptx, float16_tables_ptx, float16_words, table
@@ -56,13 +57,12 @@ def _reads(problem: GemmProblem) -> tuple[str, ...]:
 
 def _few_rows_parameters(problem: GemmProblem) -> dict[str, Any]:
     first, *second = problem.formats
-    half = problem.operand_dtype == torch.float16
-    float_type = torch.float16 if half else torch.bfloat16
+    dtype = float_type(problem)
     # Of four elements, those of a byte are one register, those of a word four.
     registers = [*4 * ["=r"], "r", *4 * ["r"]]
     parameters = common_parameters(problem)
-    name = "f16" if half else "bf16"
-    words = float16_words(first, float_type)
+    name = "f16" if dtype == torch.float16 else "bf16"
+    words = float16_words(first, dtype)
     if not second:
         return parameters | {
             "PTX": float16_ptx(words, factor=name),
@@ -75,7 +75,7 @@ def _few_rows_parameters(problem: GemmProblem) -> dict[str, Any]:
         "WORDS": ", word0, word1, word2, word3",
         "TABLE": "table",
         "FIRST_WORDS": words,
-        "SECOND_WORDS": float16_words(second[0], float_type),
+        "SECOND_WORDS": float16_words(second[0], dtype),
         "FIRST_TABLE": table(first),
         "SECOND_TABLE": table(second[0]),
     }
@@ -88,7 +88,7 @@ def _few_rows_tile(problem: GemmProblem, rows: int) -> Tile:
 
 TARGET = TritonTarget(
     "triton_blocks",
-    ("triton_decoded",),
+    "triton_decoded",
     _declines,
     common_parameters,
     tile,
@@ -97,7 +97,7 @@ TARGET = TritonTarget(
     decoded=True,
     few_rows=TritonTarget(
         "triton_blocks",
-        ("triton_few",),
+        "triton_few",
         _declines,
         _few_rows_parameters,
         _few_rows_tile,

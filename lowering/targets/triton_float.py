@@ -20,6 +20,7 @@ from fp4compile.lowering.targets.triton_gemm import (
     block_rows,
     capability,
     declines_architecture,
+    float_type,
 )
 from fp4compile.lowering.unpack import float16_ptx, float16_words, table
 
@@ -37,17 +38,15 @@ def _declines(problem: GemmProblem) -> str | None:
 
 def common_parameters(problem: GemmProblem) -> dict[str, Any]:
     """All integer values of 4 bits are exact in both 16-bit types; float32 is three bfloat16."""
-    half = problem.operand_dtype == torch.float16
     return {
-        "VALUE_TYPE": "tl.float16" if half else "tl.bfloat16",
+        "VALUE_TYPE": str(float_type(problem)).replace("torch", "tl"),
         "SUM_TYPE": "tl.float32",
         "PARTS": 3 if problem.operand_dtype == torch.float32 else 1,
     }
 
 
 def _few_rows_parameters(problem: GemmProblem) -> dict[str, Any]:
-    half = problem.operand_dtype == torch.float16
-    words = float16_words(problem.format, torch.float16 if half else torch.bfloat16)
+    words = float16_words(problem.format, float_type(problem))
     return common_parameters(problem) | {
         "PTX": float16_ptx(words),
         "CONSTRAINTS": "=r,=r,=r,=r,r",
@@ -82,7 +81,7 @@ def _few_rows_tile(problem: GemmProblem, rows: int) -> Tile:
 
 FEW = TritonTarget(
     "triton_float",
-    ("triton_few",),
+    "triton_few",
     _declines,
     _few_rows_parameters,
     _few_rows_tile,
@@ -90,7 +89,7 @@ FEW = TritonTarget(
 )
 TARGET = TritonTarget(
     "triton_float",
-    ("triton_decoded",),
+    "triton_decoded",
     _declines,
     common_parameters,
     tile,

@@ -86,7 +86,7 @@ def _tile(problem: GemmProblem, rows: int) -> Tile:
 
 TARGET = TritonTarget(
     "triton_float8",
-    ("triton_gemm",),
+    "triton_gemm",
     _declines,
     _parameters,
     _tile,

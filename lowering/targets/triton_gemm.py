@@ -27,6 +27,11 @@ MANY_ROWS = 4096
 HOPPER = 90
 
 
+def row_class(is_at_most: Callable[[int], bool]) -> int:
+    """The most rows of the class of a number of rows, of which ``is_at_most`` tells."""
+    return next((most for most in ROW_CLASSES if is_at_most(most)), MANY_ROWS)
+
+
 @dataclass(frozen=True)
 class Tile:
     """What a program of the grid computes, and with how many warps; K is split ``split_k`` ways,
@@ -45,7 +50,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class TritonTarget:
-    """A Triton kernel family. ``body`` names the texts of its sum over K; ``declines`` gives its
+    """A Triton kernel family. ``body`` names the text of its sum over K; ``declines`` gives its
     own reasons; ``parameters`` what the text takes beside the problem; ``tile`` the tile for M
     rows; ``few_rows`` the family that serves its problems up to that one's ``most_rows``. ``reads``
     names which of operand_outer and operand_shift its text reads; ``operand`` is the dtype in which
@@ -54,7 +59,7 @@ class TritonTarget:
     """
 
     name: str
-    body: tuple[str, ...]
+    body: str
     declines: Callable[[GemmProblem], str | None]
     parameters: Callable[[GemmProblem], dict[str, Any]]
     tile: Callable[[GemmProblem, int], Tile]
@@ -101,7 +106,7 @@ class TritonTarget:
             **self.parameters(problem),
         }
         settings = [f"{{%- set {name} = {value!r} %}}" for name, value in parameters.items()]
-        parts = ("triton_unpack", "triton_tiles", *self.body, "triton_store")
+        parts = ("triton_unpack", "triton_tiles", self.body, "triton_store")
         return "\n".join((*settings, *map(text, parts)))
 
 
@@ -118,6 +123,11 @@ def declines_architecture(problem: GemmProblem) -> str | None:
     if capability(problem) >= FIRST_CAPABILITY or problem.architecture in AMD_TRIED:
         return None
     return f"{problem.architecture} was not tried, only sm_80 and later, {', '.join(AMD_TRIED)}"
+
+
+def float_type(problem: GemmProblem) -> torch.dtype:
+    """Of 16 bits, in which a float route multiplies; float32 operands come in parts of it."""
+    return torch.float16 if problem.operand_dtype == torch.float16 else torch.bfloat16
 
 
 def block_rows(problem: GemmProblem, rows: int) -> int:

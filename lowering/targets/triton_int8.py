@@ -55,13 +55,13 @@ def _few_rows_tile(problem: GemmProblem, rows: int) -> Tile:
 
 TARGET = TritonTarget(
     "triton_int8",
-    ("triton_gemm",),
+    "triton_gemm",
     _declines,
     _parameters,
     _tile,
     few_rows=TritonTarget(
         "triton_int8",
-        ("triton_few",),
+        "triton_few",
         _declines,
         _parameters,
         _few_rows_tile,

@@ -55,4 +55,4 @@ def _tile(problem: GemmProblem, rows: int) -> Tile:
 
 def one_row(name: str) -> TritonTarget:
     """The family for a single row of the one called ``name``."""
-    return TritonTarget(name, ("triton_row",), _declines, _parameters, _tile, most_rows=1)
+    return TritonTarget(name, "triton_row", _declines, _parameters, _tile, most_rows=1)

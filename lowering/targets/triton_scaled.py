@@ -125,4 +125,4 @@ def _tile(problem: GemmProblem, rows: int) -> Tile:
     return Tile(128, 128, 128, num_warps=8, num_stages=3)
 
 
-TARGET = TritonTarget("triton_scaled", ("triton_scaled",), _declines, _parameters, _tile, _reads)
+TARGET = TritonTarget("triton_scaled", "triton_scaled", _declines, _parameters, _tile, _reads)

@@ -64,4 +64,4 @@ def _tile(problem: GemmProblem, rows: int) -> Tile:
     return Tile(64, 64, 64, num_warps=4, num_stages=3)
 
 
-TARGET = TritonTarget("triton_wide", ("triton_wide",), _declines, _parameters, _tile, bits=(6, 8))
+TARGET = TritonTarget("triton_wide", "triton_wide", _declines, _parameters, _tile, bits=(6, 8))
