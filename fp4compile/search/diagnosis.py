@@ -23,7 +23,9 @@ def diagnosed(
 ) -> dict[str, SiteQParams]:
     """``decisions`` with their diagnosis."""
     sample = problem.statistics.sample
-    few = sample[:: max(1, len(sample) // DIAGNOSIS_TOKENS)]
+    order = sample.square().sum(dim=1).argsort(stable=True)
+    step = max(1, len(sample) // DIAGNOSIS_TOKENS)
+    few = sample[order[step // 2 :: step]]
     tokens = weighted_tokens(replace(problem, statistics=replace(problem.statistics, sample=few)))
     absmax = problem.statistics.absmax
     found = {}

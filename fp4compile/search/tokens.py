@@ -16,6 +16,7 @@ from fp4compile.search.sorted_errors import channel_errors
 
 # One token in so many is not searched on but decides whether the search beats min-max; with
 # fewer tokens than HELD_OUT_MINIMUM all are searched on, since so few would say too little.
+# Tokens are in order of power: evenly spaced ones have their share of the few that are massive.
 HELD_OUT_STRIDE = 8
 HELD_OUT_MINIMUM = 512
 TINY = 1e-30
@@ -29,7 +30,7 @@ SMALLEST_INDEX, LARGEST_INDEX = 3.0, 16.0
 class Tokens:
     """Calibration tokens ``x`` ``[T, K]`` and how much each counts: ``weight`` ``[T]`` for the
     output error, ``moment_weight`` ``[T]`` for the second moment that weights are rounded by; both
-    have mean 1.
+    have mean 1. They are in the order of their output power.
 
     ``absmax`` ``[K]`` is over all tokens of the calibration, of which ``x`` may be a sample;
     ``tail_weight`` ``[K]`` is how much more tokens of such a maximum would count; how far they may
@@ -77,7 +78,7 @@ class Tokens:
     def thinned(self, size: int) -> Tokens:
         """About ``size`` of them, evenly spaced."""
         step = max(1, round(len(self.x) / size))
-        return self[slice(None, None, step)]
+        return self[slice(step // 2, None, step)]
 
     def __getitem__(self, tokens: slice | Tensor) -> Tokens:
         some = self.x[tokens], self.weight[tokens], self.moment_weight[tokens]
@@ -145,10 +146,12 @@ def weighted_tokens(problem: GroupProblem) -> Tokens:
     in_moments = _damped(power, options.weight_sink_power, power)
     tail = _damped(of_maximum, options.sink_power, power) * options.unseen / statistics.tokens
     mean = counts.mean()
+    # Else the first tokens of all sequences, attention sinks, could be held out together.
+    order = power.argsort(stable=True)
     return Tokens(
-        x,
-        counts / mean,
-        in_moments / in_moments.mean(),
+        x[order],
+        (counts / mean)[order],
+        (in_moments / in_moments.mean())[order],
         absmax,
         tail / mean,
         tail_index(x),
@@ -175,5 +178,5 @@ def split(tokens: Tokens) -> tuple[Tokens, Tokens]:
     """(searched on, held out); the same tokens twice when there are few."""
     if len(tokens.x) < HELD_OUT_MINIMUM:
         return tokens, tokens
-    held_out = torch.arange(len(tokens.x)) % HELD_OUT_STRIDE == 0
+    held_out = torch.arange(len(tokens.x)) % HELD_OUT_STRIDE == HELD_OUT_STRIDE // 2
     return tokens[~held_out], tokens[held_out]
