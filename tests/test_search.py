@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,9 +29,16 @@ from fp4compile.search.gptq import SCALE_FACTORS, Compensation
 from fp4compile.search.grid import clip_factors
 from fp4compile.search.problem import SearchOptions
 from fp4compile.search.sorted_errors import channel_errors
-from fp4compile.search.tokens import mean_powers, shrunk_moment, tail_index, weighted_tokens
+from fp4compile.search.tokens import (
+    HELD_OUT_STRIDE,
+    mean_powers,
+    shrunk_moment,
+    split,
+    tail_index,
+    weighted_tokens,
+)
 from fp4compile.search.weight import OutputError, search_weight
-from fp4compile.weights import dequantized, for_activation
+from fp4compile.weights import channel_scales, dequantized, for_activation
 
 ALL = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 
@@ -207,7 +215,36 @@ def test_compensated_rounding_keeps_scales_and_beats_the_nearest(fmt):
     assert after < 0.95 * before
 
 
-def test_every_row_takes_the_scale_that_is_best_after_compensation():
+@pytest.mark.parametrize("fmt", of_width(4), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("block_size", [0, 16])
+def test_sweeps_lower_every_rows_error_until_no_code_is_better_than_another(
+    monkeypatch, fmt, block_size
+):
+    x, weight = layer(channels=24)
+    x[:, 1:] += x[:, :-1]
+    x[:, 5] = 0  # a channel that is always zero keeps its codes
+    moment = x.t() @ x / len(x)
+    granularity = "block" if block_size else "channel"
+    start = minmax_weight(weight, TensorSpec(4, (fmt.name,), granularity, block_size=block_size))
+    objective = OutputError.of_inputs(moment)
+    seen, errors = Compensation(moment), []
+    for sweeps in (0, 1, 2, 30):
+        monkeypatch.setattr("fp4compile.search.gptq.SWEEPS", sweeps)
+        found = dequantized(weight, seen.rounded(weight, start))
+        errors.append(objective.rows(found, weight))
+    for before, after in pairwise(errors):
+        assert (after <= before * 1.0001).all()
+    assert errors[-1].sum() < errors[0].sum()
+    scales = channel_scales(start, 24).expand(24, 24)
+    for column in range(24):
+        for value in fmt.integer_values:
+            other = found.clone()
+            other[:, column] = value * scales[:, column]
+            assert (objective.rows(other, weight) >= errors[-1] * 0.9999).all()
+
+
+def test_every_row_takes_the_scale_that_is_best_after_compensation(monkeypatch):
+    monkeypatch.setattr("fp4compile.search.gptq.SWEEPS", 0)
     x, weight = layer(outputs=64)
     moment = x.t() @ x / len(x)
     seen, objective = Compensation(moment), OutputError.of_inputs(moment)
@@ -351,6 +388,27 @@ def test_the_tail_index_is_that_of_the_power_law_the_tokens_follow(index):
     assert tail_index(torch.zeros(10, 4)) == tail_index(torch.ones(10, 4)) == 16.0
     # Values that end somewhere have no heavy tail.
     assert tail_index(uniform) == 16.0
+
+
+@pytest.mark.parametrize("length", [64, 96, 256])
+def test_massive_tokens_are_searched_on_and_held_out_in_their_share(length):
+    # Attention sinks: the first token of every sequence.
+    x, weight = layer(tokens=24 * length)
+    x[::length] *= 1000
+    tokens = weighted_tokens(GroupProblem({"w": weight}, observe([x]), QuantSpec.preset("w4a4")))
+    train, held_out = split(tokens)
+
+    def massive(some) -> int:
+        return int(
+            (some.x.square().sum(dim=1) > 1000 * tokens.x.square().sum(dim=1).median()).sum()
+        )
+
+    assert massive(tokens) == 24
+    assert massive(held_out) == 24 / HELD_OUT_STRIDE
+    assert massive(train) == 24 - massive(held_out)
+    for size in (len(x) // 2, len(x) // 6):
+        share = massive(tokens) * len(train.thinned(size).x) / len(x)
+        assert abs(massive(train.thinned(size)) - share) <= 1
 
 
 @pytest.mark.parametrize("bits", [6, 8])
