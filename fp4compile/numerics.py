@@ -15,6 +15,11 @@ from torch import Tensor
 
 from fp4compile.formats import FloatFormat
 
+# Numbers of this size have no bits below one.
+MAGIC = 1.5 * 2**23
+
+MAGIC = 1.5 * 2**23
+
 
 @cache
 def value_table(fmt: FloatFormat, device: torch.device) -> Tensor:
@@ -46,16 +51,23 @@ def round_steps(steps: Tensor, fmt: FloatFormat) -> Tensor:
     :func:`steps_to_code`, several times faster (no table look-up).
     """
     bound = float(fmt.max_integer)
-    clipped = torch.nan_to_num(steps.to(torch.float32), nan=0.0, posinf=bound, neginf=-bound)
-    clipped = clipped.clamp(-bound, bound)
+    return round_finite(
+        torch.nan_to_num(steps.to(torch.float32), nan=0.0, posinf=bound, neginf=-bound), fmt
+    )
+
+
+def round_finite(steps: Tensor, fmt: FloatFormat) -> Tensor:
+    """:func:`round_steps` of float32 numbers that are none of them NaN."""
+    clipped = steps.clamp(-fmt.max_integer, fmt.max_integer)
     if fmt.mantissa_bits == 0:
         return _round_to_power_of_two(clipped)
     # Adding 1.5 * 2^23 quanta leaves float32 no bits below one quantum: the adder itself rounds
     # to nearest even, and the parity of the quotient is the parity of the code.
+    if fmt.max_integer < 2 << fmt.mantissa_bits:
+        return clipped.add(MAGIC).sub_(MAGIC)  # the quantum is 1 everywhere
     binade = (clipped.view(torch.int32) & 0x7F800000).view(torch.float32)
-    quantum = (binade * 2.0**-fmt.mantissa_bits).clamp_(min=1.0)
-    magic = quantum.mul_(1.5 * 2**23)
-    return clipped.add(magic).sub_(magic)
+    magic = binade.mul_(MAGIC * 2.0**-fmt.mantissa_bits).clamp_(min=MAGIC)
+    return clipped.add_(magic).sub_(magic)
 
 
 def _round_to_power_of_two(steps: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp4compile.blocks import in_second_format, per_channel
 from fp4compile.formats import FloatFormat, alternatives
-from fp4compile.numerics import round_steps
+from fp4compile.numerics import round_finite
 from fp4compile.qparams import WeightQParams
 from fp4compile.search.weight import OutputError
 from fp4compile.weights import ROWS, channel_scales, row_parts, steps_to_packed
@@ -104,13 +104,12 @@ def _round_rows(weight: Tensor, order: Tensor, factor: Tensor, qparams: WeightQP
         stop = min(start + LAZY_COLUMNS, channels)
         block, inverse = left[start:stop], factor[start:stop, start:stop]
         errors = torch.empty_like(block)
-        for j in range(stop - start):
-            scale = scales[start + j]
-            rounded = rounding.column(block[j] / scale, start + j)
+        for j, diagonal in enumerate(inverse.diagonal().tolist()):
+            column, scale, error = block[j], scales[start + j], errors[j]
+            rounded = rounding.column(column / scale, start + j)
             steps[start + j] = rounded
-            torch.sub(block[j], rounded * scale, out=errors[j])
-            errors[j] /= inverse[j, j]
-            block[j + 1 :].addr_(inverse[j, j + 1 :], errors[j], alpha=-1)
+            torch.addcmul(column, rounded, scale, value=-1, out=error).div_(diagonal)
+            block[j + 1 :].addr_(inverse[j, j + 1 :], error, alpha=-1)
         left[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     result = torch.empty_like(steps)
     result[order] = steps
@@ -126,19 +125,19 @@ def _sweep(weight: Tensor, steps: Tensor, moment: Tensor, qparams: WeightQParams
     steps = steps.t().contiguous()
     gradient = moment @ (steps * scales - weight.t())
     powers = moment.diagonal()
-    least = LEAST_POWER * float(powers.mean())
+    least = LEAST_POWER * powers.mean()
+    # By how many steps a slope of one moves a column: none that has no power.
+    moves = torch.where(powers > least, powers.reciprocal(), torch.zeros(()))[:, None] / scales
     for start in range(0, channels, LAZY_COLUMNS):
         stop = min(start + LAZY_COLUMNS, channels)
         block, within = gradient[start:stop], moment[start:stop, start:stop]
-        changes = torch.zeros_like(block)
+        changes = torch.empty_like(block)
         for j in range(stop - start):
-            power = float(powers[start + j])
-            if power <= least:
-                continue
-            scale, old = scales[start + j], steps[start + j].clone()
-            wanted = old - block[j] / (power * scale)
-            steps[start + j] = rounding.column(wanted, start + j)
-            torch.sub(steps[start + j], old, out=changes[j]).mul_(scale)
+            old = steps[start + j]
+            wanted = torch.addcmul(old, block[j], moves[start + j], value=-1)
+            rounded = rounding.column(wanted, start + j)
+            torch.sub(rounded, old, out=changes[j]).mul_(scales[start + j])
+            steps[start + j] = rounded
             block.addr_(within[:, j], changes[j])
         gradient[:start].addmm_(moment[:start, start:stop], changes)
         gradient[stop:].addmm_(moment[stop:, start:stop], changes)
@@ -161,7 +160,7 @@ class _Rounding:
         return cls(formats, flags.t()[order])
 
     def column(self, steps: Tensor, position: int) -> Tensor:
-        rounded = round_steps(steps, self.formats[0])
+        rounded = round_finite(steps, self.formats[0])
         if self.second is None:
             return rounded
-        return torch.where(self.second[position], round_steps(steps, self.formats[1]), rounded)
+        return torch.where(self.second[position], round_finite(steps, self.formats[1]), rounded)
