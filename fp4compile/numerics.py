@@ -18,8 +18,6 @@ from fp4compile.formats import FloatFormat
 # Numbers of this size have no bits below one.
 MAGIC = 1.5 * 2**23
 
-MAGIC = 1.5 * 2**23
-
 
 @cache
 def value_table(fmt: FloatFormat, device: torch.device) -> Tensor:
