@@ -35,7 +35,7 @@ KINDS: MappingProxyType[str, dict[str, object]] = MappingProxyType(
         "w4a16 in bfloat16": {**_NO_SCALE, "operand_dtype": torch.bfloat16},
         "w4a16 in float32": {**_NO_SCALE, "operand_dtype": torch.float32},
         "w6a6": {"weight_format": "e2m3", "operand_format": "e2m3"},
-        "w6a6, best (blocks of 32)": {**_BLOCKS, "weight_format": "e2m3", "operand_format": "e2m3"},
+        "w6a6, best (blocks of 32)": {**_BLOCKS, "weight_format": "e2m3|e1m4"},
         "w8a8": {"weight_format": "e1m6", "operand_format": "e1m6"},
         "w8a8 in e4m3": {
             "weight_format": "e4m3",

@@ -30,7 +30,8 @@ from fp4compile.search.weight import OutputError, search_weight
 from fp4compile.weights import for_activation
 
 BLOCK_SIZE = 32
-BLOCK_FORMATS = {4: ("e2m1", "e1m2"), 6: ("e2m3",)}
+# Between these every block chooses.
+BLOCK_FORMATS = {4: ("e2m1", "e1m2"), 6: ("e2m3", "e1m4")}
 # A block may clip its maximum to this factor: the largest value gets worse, the others better.
 BLOCK_CLIP = 0.85
 # Blocks of activations beyond what calibration saw, before the E4M3 scale saturates.

@@ -37,7 +37,7 @@ CASES: tuple[dict[str, Any], ...] = (
     {"N": 37, "K": 205, "format": "e2m1", "operand": FP32, "granularity": None},
     {"N": 35, "K": 333, "format": "e2m1|e1m2", **BLOCKS, "block_size": 32},
     {"N": 18, "K": 135, "format": "e1m2|e3m0", "operand": BF16, **BLOCKS, "block_size": 16},
-    {"N": 21, "K": 177, "format": "e2m3", **BLOCKS, "block_size": 16},
+    {"N": 21, "K": 177, "format": "e2m3|e1m4", **BLOCKS, "block_size": 32},
     {"N": 6, "K": 100, "format": "e1m6", "block_size": 64, "bias": True},
     {"N": 11, "K": 70, "format": "e4m3|e3m4", "operand": BF16, **BLOCKS, "block_size": 32},
     {"N": 128, "K": 256, "format": "e2m1"},

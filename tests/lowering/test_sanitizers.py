@@ -22,7 +22,7 @@ LAYERS = (
     Layer("cpp_avx512", 21, 333, "e2m1|e1m2", granularity="block", block_size=32),
     Layer("cpp_avx512", 19, 135, "e2m1|e1m2", FP32, None, 16),
     Layer("cpp_avx2", 37, 131, "e3m0"),
-    Layer("cpp_avx2", 5, 77, "e2m3", granularity="block", block_size=16),
+    Layer("cpp_avx2", 5, 77, "e2m3|e1m4", granularity="block", block_size=16),
     Layer("cpp_portable", 18, 67, "e2m3"),
     Layer("cpp_portable", 17, 71, "e2m1|e1m2", granularity="block", block_size=16),
 )
