@@ -51,7 +51,7 @@ class Compensation:
         packed = []
         for rows, part in row_parts(weight, qparams):
             steps = _round_rows(rows, *self._elimination, part)
-            packed.append(self._descended(rows, steps, part))
+            packed.append(steps_to_packed(_descended(rows, steps, self.moment, part), part))
         return replace(qparams, packed=torch.cat(packed))
 
     def rescaled(self, weight: Tensor, qparams: WeightQParams) -> WeightQParams:
@@ -73,13 +73,8 @@ class Compensation:
         best = errors.view(len(SCALE_FACTORS), -1).argmin(dim=0)
         chosen = best * len(weight) + torch.arange(len(weight))
         found = replace(qparams, scale=scales[chosen])
-        return replace(found, packed=self._descended(weight, steps[chosen], found))
-
-    def _descended(self, weight: Tensor, steps: Tensor, qparams: WeightQParams) -> Tensor:
-        """Packed codes of ``steps`` ``[N, K]`` after :data:`SWEEPS` of coordinate descent."""
-        for _ in range(SWEEPS):
-            steps = _sweep(weight, steps, self.moment, qparams)
-        return steps_to_packed(steps, qparams)
+        steps = _descended(weight, steps[chosen], self.moment, found)
+        return replace(found, packed=steps_to_packed(steps, found))
 
 
 def _elimination(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,8 +111,10 @@ def _round_rows(weight: Tensor, order: Tensor, factor: Tensor, qparams: WeightQP
     return result.t().contiguous()
 
 
-def _sweep(weight: Tensor, steps: Tensor, moment: Tensor, qparams: WeightQParams) -> Tensor:
-    """``steps`` ``[N, K]`` once every column was rounded to the best that the others leave."""
+def _descended(weight: Tensor, steps: Tensor, moment: Tensor, qparams: WeightQParams) -> Tensor:
+    """``steps`` ``[N, K]`` after :data:`SWEEPS`, in which every column is rounded to the best that
+    the others leave.
+    """
     channels = weight.shape[1]
     # Column j of the weight is row j here, as in _round_rows.
     scales = channel_scales(qparams, channels).t().expand(channels, -1)
@@ -128,7 +125,7 @@ def _sweep(weight: Tensor, steps: Tensor, moment: Tensor, qparams: WeightQParams
     least = LEAST_POWER * powers.mean()
     # By how many steps a slope of one moves a column: none that has no power.
     moves = torch.where(powers > least, powers.reciprocal(), torch.zeros(()))[:, None] / scales
-    for start in range(0, channels, LAZY_COLUMNS):
+    for start in list(range(0, channels, LAZY_COLUMNS)) * SWEEPS:
         stop = min(start + LAZY_COLUMNS, channels)
         block, within = gradient[start:stop], moment[start:stop, start:stop]
         changes = torch.empty_like(block)
