@@ -16,8 +16,21 @@ from torch._inductor import config as inductor_config
 from fp4compile import lowering
 from fp4compile.formats import by_name
 from fp4compile.lowering.choice import SEEN
-from fp4compile.lowering.targets import CPU_TARGETS, CppTarget, cpp_amx
+from fp4compile.lowering.problem import GemmProblem
+from fp4compile.lowering.targets import CPU_TARGETS, CppTarget
 from fp4compile.packing import pack
+
+# What every target computes on a CPU that has its instructions.
+PROBLEM = GemmProblem(
+    N=8,
+    K=8,
+    weight_format="e2m1",
+    operand_dtype=torch.int8,
+    operand_scale="token",
+    block_size=0,
+    bias=False,
+    out_dtype=torch.float32,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +52,9 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture(params=CPU_TARGETS, ids=lambda target: target.name)
 def target(request: pytest.FixtureRequest) -> CppTarget:
-    """Each CPU target in turn, forced, but AMX where there is none."""
-    if request.param is cpp_amx.TARGET and not torch.cpu._init_amx():
-        pytest.skip("no AMX; tests/lowering/test_kernels.py emulates it")
+    """Each CPU target in turn, forced, but those whose instructions this CPU lacks."""
+    if reason := request.param.supports(PROBLEM):
+        pytest.skip(f"{reason}; tests/lowering/test_kernels.py emulates AMX")
     lowering.config.cpu_target = request.param.name
     return request.param
 
@@ -50,6 +63,12 @@ def target(request: pytest.FixtureRequest) -> CppTarget:
 def compiled() -> Callable[..., Any]:
     """Puts a function under Inductor, with sizes that may change from call to call."""
     return partial(torch.compile, backend="inductor", dynamic=True, fullgraph=True)
+
+
+@pytest.fixture
+def fusions() -> Callable[[], int]:
+    """How many epilogues were fused so far; Inductor's first graph puts a new Counter there."""
+    return lambda: torch._dynamo.utils.counters["inductor"]["cpp_epilogue_fusion_counter"]
 
 
 @dataclass

@@ -93,19 +93,20 @@ def test_bfloat16_operand_with_scales(compiled: Make, target: CppTarget) -> None
     weight.check(y, operand, scale)
 
 
-def test_fused_epilogue(compiled: Make, int8_operand: Make, target: CppTarget) -> None:
+def test_fused_epilogue(
+    compiled: Make, int8_operand: Make, fusions: Make, target: CppTarget
+) -> None:
     weight = Blocks.random(70, 64, 32, "e2m1|e1m2")
 
     def run(operand: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
         return F.silu(weight.linear(operand, scale)) + residual
 
-    counters = torch._dynamo.utils.counters["inductor"]
-    fused = counters["cpp_epilogue_fusion_counter"]
+    fused = fusions()
     arguments = int8_operand(2, 5, 64), torch.rand(2, 5, 2) * 1e-5, torch.randn(2, 5, 70)
     fast = compiled(run)(*arguments)
     skip_if_declined(target)
     torch.testing.assert_close(fast, run(*arguments))
-    assert counters["cpp_epilogue_fusion_counter"] > fused
+    assert fusions() > fused
 
 
 @pytest.mark.parametrize("activation", ["e2m1|e1m2", None])

@@ -31,7 +31,12 @@ def test_bfloat16_operand_with_scale(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batched_operand_and_fused_epilogue(
-    compiled: Make, random_weight: Make, int8_operand: Make, target: CppTarget, dtype: torch.dtype
+    compiled: Make,
+    random_weight: Make,
+    int8_operand: Make,
+    fusions: Make,
+    target: CppTarget,
+    dtype: torch.dtype,
 ) -> None:
     weight = random_weight(70, 64, "e2m1", dtype)
 
@@ -40,8 +45,7 @@ def test_batched_operand_and_fused_epilogue(
         return torch.nn.functional.silu(y) * gate + residual
 
     fast = compiled(run)
-    counters = torch._dynamo.utils.counters["inductor"]
-    fused = counters["cpp_epilogue_fusion_counter"]
+    fused = fusions()
     for batch in ((2, 5), (3, 1), (2, 40)):
         operand, scale = int8_operand(*batch, 64), torch.rand(*batch, 1) * 1e-3
         gate, residual = torch.randn(*batch, 70).to(dtype), torch.randn(*batch, 70).to(dtype)
@@ -53,7 +57,7 @@ def test_batched_operand_and_fused_epilogue(
             rtol=tolerance,
             atol=tolerance,
         )
-    assert counters["cpp_epilogue_fusion_counter"] > fused
+    assert fusions() > fused
 
 
 def test_result_with_two_users(
