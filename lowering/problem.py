@@ -64,6 +64,13 @@ class GemmProblem:
         return INT8 if self.operand_dtype == torch.int8 and fits else FLOAT
 
     @property
+    def largest_operand(self) -> int:
+        """Bound on the magnitude of an int8 operand."""
+        if not self.operand_format or self.shift_block:
+            return 128
+        return min(128, max(fmt.max_integer for fmt in alternatives(self.operand_format)))
+
+    @property
     def largest_sum(self) -> int:
         """Bound on a sum of int8 operands times weights, made unsigned by adding their maximum."""
         return 128 * (self.block_size or self.K) * 2 * max(f.max_integer for f in self.formats)

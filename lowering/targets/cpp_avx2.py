@@ -1,27 +1,30 @@
-"""AVX2 for the exact int8 route: vpmaddubsw or vpmaddwd, or their sums where VNNI is there."""
+"""AVX2: int8 products for the exact int8 route, float32 ones for all else."""
 
 from __future__ import annotations
 
 from fp4compile.lowering.problem import INT8, GemmProblem
 from fp4compile.lowering.targets.template import CppTarget, missing_flags
 
-VECTOR = 16
+# A scale and a format are those of half a block of 32 codes.
+HALF_BLOCK = 16
+# Exponents of a code are those of a float16, but the largest, which means infinity there.
+EXPONENTS = 31
 
 
 def _templates(problem: GemmProblem) -> tuple[str, ...]:
-    narrow = problem.format.bits == 4 and not problem.block_size
-    return ("avx2_int8" if narrow else "avx2_int16",)
+    if problem.route != INT8 or problem.block_size:
+        return ("avx2", "avx2_codes", "avx2_float")
+    products = "avx2_int16" if problem.format.bits == 8 else "avx2_int8"
+    return ("avx2", "avx2_codes", products, "avx2_integers")
 
 
 def _declines(problem: GemmProblem) -> str | None:
-    if problem.route != INT8:
-        return (
-            f"{problem.weight_format} weights and {problem.operand_dtype} operands need float "
-            "sums; only int8 is written"
-        )
-    if problem.block_size % VECTOR:
-        return f"blocks of {problem.block_size} are not written, only multiples of {VECTOR}"
-    return missing_flags(("avx2",))
+    if problem.block_size % HALF_BLOCK:
+        return f"blocks of {problem.block_size} are not written, only multiples of {HALF_BLOCK}"
+    for fmt in problem.formats:
+        if (len(fmt.magnitudes) - 1) >> fmt.mantissa_bits >= EXPONENTS:
+            return f"{fmt.name} has as many exponents as float16, which decodes it"
+    return missing_flags(("avx2", "fma3", "f16c"))
 
 
 TARGET = CppTarget(name="cpp_avx2", templates=_templates, declines=_declines)

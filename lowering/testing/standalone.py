@@ -47,6 +47,7 @@ class Layer:
     granularity: str | None = "token"
     block_size: int = 0
     bias: bool = False
+    operand_format: str = ""  # whose integers the operand holds, "" for all of int8
 
     def __str__(self) -> str:
         operand = str(self.operand).removeprefix("torch.")
@@ -65,6 +66,7 @@ class Layer:
             block_size=self.block_size,
             bias=self.bias,
             out_dtype=torch.float32,
+            operand_format=self.operand_format,
         )
 
     @property
@@ -95,7 +97,8 @@ class Layer:
 
     def operands(self, M: int) -> dict[str, Tensor]:
         """An operand of M rows with its scale."""
-        operand = torch.randint(-128, 128, (M, self.K)).to(self.operand)
+        largest = self.problem.largest_operand
+        operand = torch.randint(-largest, min(largest + 1, 128), (M, self.K)).to(self.operand)
         scale = {
             "tensor": lambda: torch.rand(()),
             "token": lambda: torch.rand(M, 1),
@@ -116,6 +119,7 @@ class Layer:
             torch.float32,
             tensors.get("block_scale"),
             self.block_size,
+            self.operand_format,
         )
         return result
 

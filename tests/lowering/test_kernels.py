@@ -14,7 +14,7 @@ from fp4compile.blocks import per_channel
 from fp4compile.formats import by_name
 from fp4compile.lowering.problem import INT8
 from fp4compile.lowering.testing.standalone import Layer, Library
-from fp4compile.packing import unpack_blocks, unpack_values
+from fp4compile.packing import pack, unpack_blocks, unpack_values
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BLOCKS = {"granularity": "block"}
@@ -46,6 +46,7 @@ CASES: tuple[dict[str, Any], ...] = (
     {"N": 13, "K": 1040, "format": "e2m1|e3m0", "block_size": 64},
     {"N": 16, "K": 2304, "format": "e1m2", "granularity": "tensor", "block_size": 128},
     {"N": 39, "K": 1160, "format": "e2m1|e1m2", **WEIGHT_ONLY, "block_size": 32},
+    {"N": 15, "K": 4170, "format": "e2m1", "operand_format": "e2m1"},
 )
 
 
@@ -109,6 +110,19 @@ def check(library: Library, layer: Layer, M: int, threads: int) -> None:
 def test_a_kernel_is_eager(library: Library, layer: Layer) -> None:
     for M in ROWS:
         check(library, layer, M, threads=2)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_the_largest_sums_are_exact(library: Library, layer: Layer) -> None:
+    if layer.problem.route != INT8 or layer.block_size:
+        pytest.skip("no integer sums")
+    fmt, largest = layer.problem.format, layer.problem.largest_operand
+    for value in (fmt.max_integer, -fmt.max_integer):
+        codes = torch.full((layer.N, layer.K), fmt.integer_values.index(value), dtype=torch.uint8)
+        for operand in (-largest, min(largest, 127)):
+            tensors = layer.weights() | layer.operands(5) | {"packed_weight": pack(codes, fmt.bits)}
+            tensors["operand"].fill_(operand)
+            assert torch.equal(library.run(layer, tensors), layer.eager(tensors))
 
 
 @settings(
