@@ -70,7 +70,7 @@ def gemm(
             f"{result.N}x{result.K} M={result.M:<4} {result.name:<18}"
             f"{timing.median * 1e3:9.3f} ms ({timing.low * 1e3:.3f} to {timing.high * 1e3:.3f})"
             f"{result.gops:9.1f} GOPS, weights read at {result.bandwidth_share:.0%} of bandwidth"
-            + ("" if peak is None else f", {peak:.0%} of vpdpbusd")
+            + ("" if peak is None else f", {peak:.0%} of the int8 peak")
         )
         if device != "cpu" and result.name == "fp4 w4a4":
             typer.echo(_computed(result.M, result.N, result.K))

@@ -44,7 +44,7 @@ WEIGHT_BITS = {
 class GemmResult:
     """``y[M, N] = x[M, K] w[N, K]^T`` in one way; ``bandwidth_share`` is the rate at which the
     weights are read over what ``torch.sum`` reads in the same run, ``peak_share`` the rate of
-    operations over that of a loop of ``vpdpbusd`` in the same run (None: no such instruction).
+    operations over that of ``peak_call``'s loop in the same run (None: no such instruction).
     """
 
     name: str

@@ -23,6 +23,9 @@ LAYERS = (
     Layer("cpp_avx512", 19, 135, "e2m1|e1m2", FP32, None, 16),
     Layer("cpp_avx2", 37, 131, "e3m0"),
     Layer("cpp_avx2", 5, 77, "e2m3|e1m4", granularity="block", block_size=16),
+    Layer("cpp_avx2", 6, 211, "e2m1|e1m2", granularity="block", block_size=32),
+    Layer("cpp_avx2", 9, 83, "e1m6"),
+    Layer("cpp_avx2", 7, 45, "e4m3", BF16),
     Layer("cpp_portable", 18, 67, "e2m3"),
     Layer("cpp_portable", 17, 71, "e2m1|e1m2", granularity="block", block_size=16),
 )
