@@ -92,6 +92,7 @@ PEERS: dict[str, Peer] = {
     "bf16 eager": Peer(dtype=torch.bfloat16),
     "bf16 compiled": Peer(_compile, dtype=torch.bfloat16, compiles=True),
     "fp32 eager": Peer(),
+    "fp32 compiled": Peer(_compile, compiles=True),
     "torchao int4": Peer(_torchao_int4, dtype=torch.bfloat16, needs=("torchao",), compiles=True),
     **{f"llama.cpp {kind.lower()}": _llama_cpp(kind) for kind in ("Q4_0", "Q4_1", "IQ4_NL")},
     "bitsandbytes fp4": Peer(_bitsandbytes, dtype=torch.bfloat16, needs=("bitsandbytes",)),

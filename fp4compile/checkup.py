@@ -63,7 +63,7 @@ def _instructions(machine: Machine) -> list[Check]:
     if "avx512_vnni" in machine.cpu_features:
         return [Check("instructions", found)]
     fastest = "avx2" if "avx2" in machine.cpu_features else "portable C++"
-    fix = f"{fastest} kernels are used; a CPU with AVX512-VNNI is several times faster"
+    fix = f"{fastest} kernels are used; a CPU with AVX512-VNNI is faster"
     return [Check("instructions", found, SLOW, fix)]
 
 
