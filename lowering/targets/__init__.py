@@ -6,6 +6,7 @@ from fp4compile.lowering.targets import (
     cpp_amx,
     cpp_avx2,
     cpp_avx512,
+    cpp_neon,
     cpp_portable,
     triton_blocks,
     triton_float,
@@ -21,6 +22,7 @@ CPU_TARGETS: tuple[CppTarget, ...] = (
     cpp_amx.TARGET,
     cpp_avx512.TARGET,
     cpp_avx2.TARGET,
+    cpp_neon.TARGET,
     cpp_portable.TARGET,
 )
 GPU_TARGETS: tuple[TritonTarget, ...] = (

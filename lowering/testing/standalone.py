@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from fp4compile import lowering
 from fp4compile.blocks import SECOND_FORMAT, block_count
 from fp4compile.formats import alternatives
 from fp4compile.lowering.problem import GemmProblem
-from fp4compile.lowering.targets import CPU_TARGETS, cpp_amx
+from fp4compile.lowering.targets import CPU_TARGETS, cpp_amx, cpp_neon
 from fp4compile.packing import pack
 
-# Where there is no AMX its few instructions are emulated.
+# Where there is no AMX its few instructions are emulated, and so are NEON's.
 EMULATES_TILES = not torch.cpu._init_amx()
-_EMULATION = Path(__file__).with_name("amx_emulation.h")
+EMULATES_NEON = cpp_neon.without_neon() is not None
+_TILES = Path(__file__).with_name("amx_emulation.h")
+_NEON = Path(__file__).with_name("neon_emulation.h")
 _SIGNATURE = re.compile(r"void kernel\((.*?)\)", re.DOTALL)
 
 
@@ -73,7 +75,7 @@ class Layer:
     def served(self) -> bool:
         """Whether the target has a kernel for it on this CPU."""
         (target,) = (target for target in CPU_TARGETS if target.name == self.target)
-        with _tiles():
+        with _emulation():
             return target.supports(self.problem) is None
 
     def weights(self) -> dict[str, Tensor]:
@@ -134,11 +136,15 @@ class Kernel:
     arguments: tuple[tuple[str, str], ...]
 
 
-def _tiles() -> AbstractContextManager[Any]:
-    """Targets find AMX, or the emulation that :func:`build` puts in its place."""
-    if not EMULATES_TILES:
-        return nullcontext()
-    return patch.object(cpp_amx, "without_tiles", lambda problem: None)
+@contextmanager
+def _emulation() -> Iterator[None]:
+    """Targets find AMX and NEON, or the emulation that :func:`build` puts in their place."""
+    with ExitStack() as stack:
+        if EMULATES_TILES:
+            stack.enter_context(patch.object(cpp_amx, "without_tiles", lambda problem: None))
+        if EMULATES_NEON:
+            stack.enter_context(patch.object(cpp_neon, "without_neon", lambda: None))
+        yield
 
 
 def kernels_of(layers: Sequence[Layer]) -> list[Kernel]:
@@ -168,7 +174,7 @@ def _kernels_of_target(layers: Sequence[Layer]) -> Iterator[Kernel]:
 
     torch._dynamo.reset()
     with (
-        _tiles(),
+        _emulation(),
         patch.object(lowering.config, "cpu_target", layers[0].target),
         patch.object(AsyncCompile, "cpp_pybinding", keep),
         inductor_config.patch(force_disable_caches=True),
@@ -201,7 +207,9 @@ def build(folder: Path, text: str, *, shared: bool, flags: Sequence[str] = ()) -
     builder = CppBuilder("kernels", [str(source)], how, output_dir=str(folder))
     compiler, *options = shlex.split(builder.get_command_line())
     if EMULATES_TILES:
-        options += ["-DFP4_EMULATE_AMX", "-include", str(_EMULATION)]
+        options += ["-DFP4_EMULATE_AMX", "-include", str(_TILES)]
+    if EMULATES_NEON:
+        options += ["-include", str(_NEON)]
     if not shared:
         options.remove("-shared")
         # Kernels need nothing of torch but its headers, and its libraries need Python.

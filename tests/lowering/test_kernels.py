@@ -55,11 +55,14 @@ AMX_CASES: tuple[dict[str, Any], ...] = (
     {"N": 67, "K": 777, "format": "e2m1", "bias": True},
     {"N": 37, "K": 301, "format": "e2m1", "operand": FP16, "granularity": None},
 )
+# Every width, with and without block scales and two formats of them.
+NEON_CASES = tuple(CASES[index] for index in (0, 3, 5, 12, 14))
 # Compiling takes the time, so only one target has them all.
 TARGETS = {
     "cpp_amx": AMX_CASES,
     "cpp_avx512": CASES,
     "cpp_avx2": CASES[1::2],
+    "cpp_neon": NEON_CASES,
     "cpp_portable": CASES[::2],
 }
 ALL = [Layer(name, **case) for name, cases in TARGETS.items() for case in cases]

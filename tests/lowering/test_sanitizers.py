@@ -26,6 +26,8 @@ LAYERS = (
     Layer("cpp_avx2", 6, 211, "e2m1|e1m2", granularity="block", block_size=32),
     Layer("cpp_avx2", 9, 83, "e1m6"),
     Layer("cpp_avx2", 7, 45, "e4m3", BF16),
+    Layer("cpp_neon", 13, 133, "e2m1|e1m2", granularity="block", block_size=32),
+    Layer("cpp_neon", 11, 75, "e2m3"),
     Layer("cpp_portable", 18, 67, "e2m3"),
     Layer("cpp_portable", 17, 71, "e2m1|e1m2", granularity="block", block_size=16),
 )
@@ -83,7 +85,8 @@ def program(kernels: list[Kernel]) -> str:
 def test_generated_code_under_sanitizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = kernels_of([layer for layer in LAYERS if layer.served])
     flags = ["-O1", "-fsanitize=address,undefined", f"-fno-sanitize={LEFT_OUT}"]
-    flags.append("-fno-sanitize-recover=all")
+    # Here NEON's dot product, in the other tests what stands in for it.
+    flags += ["-fno-sanitize-recover=all", "-D__ARM_FEATURE_DOTPROD=1"]
     binary = build(tmp_path, program(kernels), shared=False, flags=flags)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     # What libgomp keeps until the end of the process is no leak of ours.
