@@ -54,6 +54,12 @@ def _nvfp4() -> QuantSpec:
     return QuantSpec(block, block, block)
 
 
+def _wide_weights(preset: str) -> QuantSpec:
+    """Weights and embeddings of 8 bits, activations of ``preset``: what is lost to these alone."""
+    wide = _spec("w8a8")
+    return replace(wide, activation=_spec(preset).activation)
+
+
 def _per_channel_weights(preset: str) -> QuantSpec:
     """Naming the formats keeps ``best`` from taking block scales."""
     spec = _spec(preset)
@@ -95,6 +101,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     "w6a6 fpq": Configuration(_spec("w6a6"), "fpq"),
     "w6a6 fpq, per token": Configuration(_spec("w6a6-token"), "fpq"),
+    "w6a6 fpq, weights of 8 bits": Configuration(_wide_weights("w6a6"), "fpq"),
     "w8a8 fpq": Configuration(_spec("w8a8"), "fpq"),
     "w4a4 fpq_baseline on the reference's inputs": Configuration(
         _spec("w4a4"), "fpq_baseline", EQUAL_TOKENS, reference_inputs=True
