@@ -16,21 +16,9 @@ from torch._inductor import config as inductor_config
 from fp4compile import lowering
 from fp4compile.formats import by_name
 from fp4compile.lowering.choice import SEEN
-from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import CPU_TARGETS, CppTarget
+from fp4compile.lowering.testing.standalone import Layer
 from fp4compile.packing import pack
-
-# What every target computes on a CPU that has its instructions.
-PROBLEM = GemmProblem(
-    N=8,
-    K=8,
-    weight_format="e2m1",
-    operand_dtype=torch.int8,
-    operand_scale="token",
-    block_size=0,
-    bias=False,
-    out_dtype=torch.float32,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +41,8 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.fixture(params=CPU_TARGETS, ids=lambda target: target.name)
 def target(request: pytest.FixtureRequest) -> CppTarget:
     """Each CPU target in turn, forced, but those whose instructions this CPU lacks."""
-    if reason := request.param.supports(PROBLEM):
-        pytest.skip(f"{reason}; tests/lowering/test_kernels.py emulates AMX")
+    if reason := request.param.supports(Layer(request.param.name, 8, 8, "e2m1").problem):
+        pytest.skip(f"{reason}; tests/lowering/test_kernels.py emulates AMX and NEON")
     lowering.config.cpu_target = request.param.name
     return request.param
 
