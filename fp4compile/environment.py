@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-# Instruction sets that a kernel of ours or of oneDNN makes use of, as torch names them.
+# Instruction sets that a kernel of ours or of oneDNN makes use of, as torch names them; NEON is any
+# 64-bit ARM's.
 CPU_FEATURES = (
     "avx2",
     "fma3",
@@ -24,6 +25,7 @@ CPU_FEATURES = (
     "avx512_fp16",
     "amx_int8",
     "amx_bf16",
+    "neon",
 )
 PACKAGES = ("torch", "fp4compile", "transformers", "triton", "datasets", "lm-eval", "torchao")
 # What changes how fast things are, or which kernel is taken.
@@ -60,7 +62,8 @@ class Machine:
 
 def describe_machine() -> Machine:
     """The machine that this process runs on; measures nothing."""
-    present = torch.cpu.get_capabilities()
+    arm = platform.machine() in ("aarch64", "arm64")
+    present = {**torch.cpu.get_capabilities(), "neon": arm}
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return Machine(
         cpu=_cpu_name(),

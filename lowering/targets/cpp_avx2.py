@@ -16,9 +16,9 @@ def _templates(problem: GemmProblem) -> tuple[str, ...]:
         integers = problem.route == INT8 and problem.format.bits < 8
         whole = problem.block_size % (2 * HALF_BLOCK) == 0
         stream = "avx2_block_stream" if integers and whole else "avx2_float_stream"
-        return ("avx2", "avx2_codes", "avx2_float", stream)
+        return ("avx2", "avx2_codes", "avx2_float", stream, "avx2_stream")
     products = "avx2_int16" if problem.format.bits == 8 else "avx2_int8"
-    return ("avx2", "avx2_codes", products, "avx2_integers")
+    return ("avx2", "avx2_codes", products, "avx2_integers", "avx2_stream")
 
 
 def _declines(problem: GemmProblem) -> str | None:

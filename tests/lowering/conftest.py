@@ -40,7 +40,9 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture(params=CPU_TARGETS, ids=lambda target: target.name)
 def target(request: pytest.FixtureRequest) -> CppTarget:
-    """Each CPU target in turn, forced, but those whose instructions this CPU lacks."""
+    """Each CPU target in turn, forced, but those whose instructions this CPU lacks: there the eager
+    op would be compared with itself.
+    """
     if reason := request.param.supports(Layer(request.param.name, 8, 8, "e2m1").problem):
         pytest.skip(f"{reason}; tests/lowering/test_kernels.py emulates AMX and NEON")
     lowering.config.cpu_target = request.param.name
