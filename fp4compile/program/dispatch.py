@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fp4compile.generated import GeneratedGraph
 from fp4compile.program.capture import Capture, capture
 from fp4compile.program.owners import Owners
 from fp4compile.program.program import CompileRegion, Program, Record
+from fp4compile.program.repeat import Pattern
 from fp4compile.program.values import (
     CacheMemo,
     Flattened,
@@ -28,18 +30,18 @@ from fp4compile.program.values import (
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class _Section:
+    """A steady section: the owners that were checked in it, and the last call with its program."""
+
+    owners: Owners | None = None
+    last: tuple[Pattern, Program] | None = None
+
+
 class _Steady(threading.local):
-    """The owners that were checked in the steady section that this thread is in, if any."""
+    """The steady section that this thread is in, if any."""
 
-    def __init__(self) -> None:
-        self.since: list[Owners] | None = None
-
-    def has(self, owners: Owners | None) -> bool:
-        return bool(self.since) and self.since[-1] is owners  # type: ignore[index]
-
-    def note(self, owners: Owners) -> None:
-        if self.since is not None:
-            self.since.append(owners)
+    section: _Section | None = None
 
 
 class _Untraceable(NotFlat):
@@ -87,11 +89,11 @@ class Dispatcher:
     @contextmanager
     def steady(self) -> Iterator[None]:
         """Inside, and in this thread, only the first call looks whether the module has changed."""
-        before, self._steady.since = self._steady.since, []
+        before, self._steady.section = self._steady.section, _Section()
         try:
             yield
         finally:
-            self._steady.since = before
+            self._steady.section = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # torch.export or an outer torch.compile
@@ -102,11 +104,9 @@ class Dispatcher:
         if named.keys().isdisjoint(kwargs):  # else the forward says what is wrong
             args, kwargs = args[len(named) :], {**named, **kwargs}
         try:
-            initialize_caches(self._module, args, kwargs)
             if torch.is_autocast_enabled("cpu"):
                 raise NotFlat("autocast")
-            flat = Flattened((self._module.training, args, kwargs), self._memo)
-            program = self._program(flat, args, kwargs)
+            program, flat = self._repeated(args, kwargs) or self._found(args, kwargs)
         except NotFlat as reason:
             self._decline(str(reason))
             result = self._otherwise(*args, **kwargs)
@@ -116,8 +116,29 @@ class Dispatcher:
         with torch.no_grad():
             return program(flat)
 
+    def _repeated(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, Flattened] | None:
+        """The program of the call before in a steady section, where this call is like that one."""
+        section = self._steady.section
+        if section is None or section.last is None or section.owners is not self._owners:
+            return None
+        pattern, program = section.last
+        flat = pattern.flatten((self._module.training, args, kwargs))
+        return None if flat is None else (program, flat)
+
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Flattened]:
+        initialize_caches(self._module, args, kwargs)
+        call = (self._module.training, args, kwargs)
+        flat = Flattened(call, self._memo)
+        program = self._program(flat, args, kwargs)
+        if self._steady.section is not None:
+            self._steady.section.last = Pattern(call, flat), program
+        return program, flat
+
     def _program(self, flat: Flattened, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        if not self._steady.has(self._owners):
+        section = self._steady.section
+        if section is None or section.owners is not self._owners or self._owners is None:
             self._look_at_module()
         known = self.by_kind.setdefault(flat.key, [])
         for program in known:
@@ -139,7 +160,8 @@ class Dispatcher:
             self._untraceable.clear()
             self._owners = Owners(self._module)
         self._owners.check_hooks()
-        self._steady.note(self._owners)
+        if self._steady.section is not None:
+            self._steady.section.owners = self._owners
 
     def _decline(self, reason: str) -> None:
         if reason not in self._declined:

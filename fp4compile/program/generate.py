@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
+from fp4compile.program.decode_inputs import DecodeInputs
 from fp4compile.program.dispatch import Dispatcher
 
 # Arguments of ``generate`` that decide the cache themselves or need one that can be cut back.
@@ -23,6 +24,7 @@ _OTHERWISE = (
     "speculation_type",
     "use_mtp",
 )
+_PREPARE = "prepare_inputs_for_generation"
 
 
 class GenerateWithStaticCache:
@@ -44,7 +46,12 @@ class GenerateWithStaticCache:
         if len(args) < 2 and self._may_choose(kwargs):  # the second one is a generation config
             _ask_for_static_cache(kwargs)
         call = self._model._compiled_call_impl
-        with call.steady() if isinstance(call, Dispatcher) else nullcontext():
+        inputs = vars(self._model).get(_PREPARE)
+        with ExitStack() as steady:
+            if isinstance(call, Dispatcher):
+                steady.enter_context(call.steady())
+            if isinstance(inputs, DecodeInputs):
+                steady.enter_context(inputs.steady())
             return self._generate(*args, **kwargs)
 
     def _may_choose(self, kwargs: dict[str, Any]) -> bool:
@@ -68,12 +75,23 @@ def use_static_cache(model: Any) -> None:
     """Let ``model.generate`` ask for a static cache, if ``model`` can have one."""
     if _takes_static_cache(model) and "generate" not in vars(model):
         vars(model)["generate"] = GenerateWithStaticCache(model)
+        if _PREPARE not in vars(model) and _prepares_as_all_do(model):
+            vars(model)[_PREPARE] = DecodeInputs(model)
 
 
 def leave_generate(model: Any) -> None:
     """Undo :func:`use_static_cache`."""
-    if isinstance(vars(model).get("generate"), GenerateWithStaticCache):
-        del vars(model)["generate"]
+    for name, ours in (("generate", GenerateWithStaticCache), (_PREPARE, DecodeInputs)):
+        if isinstance(vars(model).get(name), ours):
+            del vars(model)[name]
+
+
+def _prepares_as_all_do(model: Any) -> bool:
+    """Whether ``model`` has no way of its own to make the inputs of a step."""
+    where = getattr(type(model), _PREPARE).__module__
+    return where == "transformers.generation.utils" and not hasattr(
+        model, "create_masks_for_generate"
+    )
 
 
 def _takes_static_cache(model: Any) -> bool:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from itertools import takewhile
-from operator import is_
+from itertools import chain, takewhile
 from typing import Any
 
 import torch
@@ -74,24 +73,23 @@ class Key:
 
 @dataclass(frozen=True)
 class FlatCache:
-    """Tensors and key of a cache in one state: the attributes of its layers."""
+    """Tensors and key of a cache in one state: its layers and their attributes, kept as objects so
+    that their addresses are not used again.
+    """
 
     cache: Callable[[], Any]
-    state: list[dict[str, Any]]
+    objects: list[Any]
+    addresses: list[int]
     tensors: list[Tensor]
     key: Key
 
     def holds(self, cache: Any) -> bool:
-        if cache is not self.cache() or len(cache.layers) != len(self.state):
-            return False
-        for layer, state in zip(cache.layers, self.state, strict=True):
-            attributes = vars(layer)
-            # Names in order, then objects; no loop of Python, since every step comes here.
-            if list(attributes) != list(state) or not all(
-                map(is_, attributes.values(), state.values())
-            ):
-                return False
-        return True
+        return cache is self.cache() and list(map(id, _objects(cache))) == self.addresses
+
+
+def _objects(cache: Any) -> Iterator[Any]:
+    """Its layers and their attributes: hundreds, and every step looks at them."""
+    return chain(cache.layers, *(vars(layer).values() for layer in cache.layers))
 
 
 class CacheMemo:
@@ -108,8 +106,9 @@ class CacheMemo:
             check_cache(cache)
             # The memory of a cache that nobody needs any more is not kept.
             reference = weakref.ref(cache, self._forget)
-            state = [dict(vars(layer)) for layer in cache.layers]
-            last = self._last = FlatCache(reference, state, *_flat_cache(cache))
+            objects = list(_objects(cache))
+            addresses = list(map(id, objects))
+            last = self._last = FlatCache(reference, objects, addresses, *_flat_cache(cache))
         return last
 
     def _forget(self, reference: Any) -> None:
@@ -133,11 +132,14 @@ class Flattened:
         key: list[Any] = []
         self._add(value, key)
         self.key = tuple(key)
+        # Which of the tensors are in no cache.
+        self.uncached = [index for index in range(len(self.tensors)) if index not in self.cached]
 
-    @property
-    def uncached(self) -> list[int]:
-        """Which of the tensors are in no cache."""
-        return [index for index in range(len(self.tensors)) if index not in self.cached]
+    def with_tensors(self, tensors: list[Tensor]) -> Flattened:
+        """The same with others in place of ``tensors``."""
+        other = copy.copy(self)
+        other.tensors = tensors
+        return other
 
     def _add(self, value: Any, key: list[Any]) -> None:
         if isinstance(value, Tensor):
