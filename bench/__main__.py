@@ -150,6 +150,9 @@ def accuracy(
     ] = None,
     task_dir: TaskDir = None,
     limit: TaskLimit = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="Quantize this decoder layer only; repeatable.")
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
 ) -> None:
     """SmolLM2-135M quantized in many ways: perplexity, layer errors, time and peak memory."""
@@ -157,7 +160,7 @@ def accuracy(
     scoring = accuracy_bench.Scoring(
         tokens, tuple(task or ()), None if task_dir is None else str(task_dir.resolve()), limit
     )
-    for result in accuracy_bench.run(names, threads, scoring):
+    for result in accuracy_bench.run(names, threads, scoring, layer or ()):
         errors = ", ".join(f"{kind} {error:.4f}" for kind, error in result.layer_errors.items())
         typer.echo(
             f"{result.name:<42}{result.perplexity:9.2f}  {result.bits_per_weight:5.2f} bits"

@@ -129,7 +129,8 @@ CONFIGURATIONS: dict[str, Configuration] = {
 class AccuracyResult:
     """``layer_errors``: median relative output error by the last module name of the weight.
     ``peak_bytes`` of the process until the model was quantized, of which ``model_bytes`` is the
-    model in float32. ``tasks``: what lm-eval scored, by task and metric.
+    model in float32. ``tasks``: what lm-eval scored, by task and metric. ``layers``: the decoder
+    layers that were quantized, where not the whole model was.
     """
 
     name: str
@@ -142,6 +143,7 @@ class AccuracyResult:
     threads: int
     layer_errors: dict[str, float]
     tasks: dict[str, dict[str, float]]
+    layers: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -156,14 +158,18 @@ class Scoring:
     limit: int | None = None
 
 
-def run(names: Sequence[str], threads: int, scoring: Scoring) -> Iterator[AccuracyResult]:
-    """A result per configuration, each measured in a new process."""
+def run(
+    names: Sequence[str], threads: int, scoring: Scoring, layers: Sequence[int] = ()
+) -> Iterator[AccuracyResult]:
+    """A result per configuration, each measured in a new process. ``layers``: as in
+    :class:`AccuracyResult`; a few take minutes where the whole model takes an hour.
+    """
     for name in names:
-        chosen = json.dumps(asdict(scoring))
-        yield AccuracyResult(**run_module("bench.accuracy", name, threads, chosen))
+        chosen = json.dumps(asdict(scoring)), json.dumps(layers)
+        yield AccuracyResult(**run_module("bench.accuracy", name, threads, *chosen))
 
 
-def measure(name: str, scoring: Scoring) -> AccuracyResult:
+def measure(name: str, scoring: Scoring, layers: Sequence[int] = ()) -> AccuracyResult:
     """Quantize and evaluate in this process."""
     configuration = CONFIGURATIONS[name]
     model, tokenizer = load_demo_model(None, torch.float32)
@@ -178,6 +184,7 @@ def measure(name: str, scoring: Scoring) -> AccuracyResult:
             search=configuration.options,
             sequential=configuration.sequential,
             tokenizer=tokenizer,
+            targets=[f"model.layers.{layer}.*" for layer in layers] or None,
         )
     seconds = time.perf_counter() - start
     peak = peak_bytes()
@@ -195,6 +202,7 @@ def measure(name: str, scoring: Scoring) -> AccuracyResult:
         torch.get_num_threads(),
         {} if report is None else _layer_errors(report),
         _scores(model, tokenizer, scoring) if scoring.tasks else {},
+        layers,
     )
 
 
@@ -220,4 +228,5 @@ def _layer_errors(report: Any) -> dict[str, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[2]))
-    print(json.dumps(asdict(measure(sys.argv[1], Scoring(**json.loads(sys.argv[3]))))))
+    chosen = Scoring(**json.loads(sys.argv[3])), json.loads(sys.argv[4])
+    print(json.dumps(asdict(measure(sys.argv[1], *chosen))))

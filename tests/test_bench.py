@@ -66,6 +66,13 @@ def test_a_configuration_is_measured(name, monkeypatch):
     assert (not result.layer_errors) == (name == "full precision")
 
 
+def test_some_layers_are_measured(monkeypatch):
+    monkeypatch.setattr(accuracy, "load_demo_model", lambda *_: (tiny_llama(layers=2), Tokenizer()))
+    result = accuracy.measure("w4a4 minmax", accuracy.Scoring(511), layers=[1])
+    assert len(result.layer_errors) == 7  # and neither embedding nor head
+    assert list(result.layers) == [1]
+
+
 def test_a_whole_model_is_measured_and_an_absent_peer_is_skipped(monkeypatch, tmp_path):
     monkeypatch.setitem(peers.PEERS, "absent", peers.Peer(lambda m: m, needs=("no_such_module",)))
     # A process knows only what is in the module.
