@@ -6,6 +6,7 @@ than some layers of a small model.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ class DecodeInputs:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._prepare = type(model).prepare_inputs_for_generation.__get__(model)
+        functools.update_wrapper(self, self._prepare)  # transformers looks at its signature
         self._loop = _Loop()
 
     def __reduce__(self) -> Any:

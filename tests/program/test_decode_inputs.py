@@ -145,6 +145,13 @@ def test_outside_of_a_loop_the_model_makes_them(model):
         assert equal(got, expected)
 
 
+def test_embeddings_may_take_the_place_of_the_prompt(model):
+    ids = tokens(1, 4)
+    embeds = model.get_input_embeddings()(ids).detach()
+    got = model.generate(inputs_embeds=embeds, max_new_tokens=6, do_sample=False)
+    assert torch.equal(got, model.generate(ids, max_new_tokens=6, do_sample=False)[:, 4:])
+
+
 def test_a_copy_prepares_its_own(model):
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert vars(copied)[PREPARE]._model is copied
