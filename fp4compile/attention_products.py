@@ -7,7 +7,7 @@ tensor and a format of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,47 +68,62 @@ class AttentionProducts(nn.Module):
         return cls(made)
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """What an attention computes its output of.
+
+    ``query`` is ``[B, H, L, D]``, ``key`` and ``value`` are ``[B, H / groups, S, D]``; ``mask`` is
+    added and broadcasts with ``[B, H, L, S]``; ``softcap`` bounds the scores: ``softcap *
+    tanh(scores / softcap)``; ``sinks`` ``[H]`` are scores of a key without value (gpt-oss).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    scaling: float = 1.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def rows(self, number: int) -> AttentionCall:
+        """The first of the batch, float32 on the CPU; a mask may be the same for all."""
+        parts = {name: getattr(self, name) for name in ("query", "key", "value", "mask")}
+        kept = {name: x[:number].float().cpu() for name, x in parts.items() if x is not None}
+        sinks = None if self.sinks is None else self.sinks.detach().float().cpu()
+        return replace(self, **kept, sinks=sinks)
+
+
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    products: AttentionProducts | None = None,
+    call: AttentionCall, products: AttentionProducts | None = None
 ) -> tuple[Tensor, Tensor]:
     """(``softmax(query key^T * scaling + mask) value``, the probabilities), in the query's dtype.
 
-    Args:
-        query: ``[B, H, L, D]``; key, value: ``[B, H / groups, S, D]``.
-        mask: is added, broadcasts with ``[B, H, L, S]``; or None.
-        softcap: bounds the scores: ``softcap * tanh(scores / softcap)``.
-        products: rounds the operands; None: full precision.
+    ``products`` rounds the operands; None: full precision.
     """
-    groups = query.shape[1] // key.shape[1]
+    q, k, v = call.query, call.key, call.value
     if products is not None:
-        rounded = {"query": query, "key": key, "value": value}
+        rounded = {"query": q, "key": k, "value": v}
         q, k, v = (products.rounded(name, x) for name, x in rounded.items())
-    else:
-        q, k, v = query, key, value
+    groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
-    scores = q @ k.mT * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores + mask
-    probability = scores.softmax(dim=-1, dtype=torch.float32)
+    scores = q @ k.mT * call.scaling
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.mask is not None:
+        scores = scores + call.mask
+    if call.sinks is not None:
+        sinks = call.sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    probability = scores.softmax(dim=-1, dtype=torch.float32)[..., : k.shape[-2]]
     p = probability if products is None else products.rounded("probability", probability)
-    return (p.to(v.dtype) @ v).to(query.dtype), probability
+    return (p.to(v.dtype) @ v).to(call.query.dtype), probability
 
 
 @dataclass(frozen=True)
 class AttentionSample:
-    """A call of one attention: the arguments of :func:`attention` before ``products``, and its
-    ``output`` in full precision; all tensors float32.
-    """
+    """A ``call`` of one attention and its ``output`` in full precision; all tensors float32."""
 
-    arguments: tuple[Tensor, Tensor, Tensor, Tensor | None, float, float | None]
+    call: AttentionCall
     output: Tensor
 
 
@@ -128,26 +143,14 @@ class AttentionObserver:
         self._absmax = {name: torch.zeros(()) for name in OPERANDS}
         self._samples: list[AttentionSample] = []
 
-    def update(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        probability: Tensor,
-        output: Tensor,
-    ) -> None:
+    def update(self, call: AttentionCall, probability: Tensor, output: Tensor) -> None:
         """See one call with what came of it."""
-        values = dict(zip(OPERANDS, (query, key, probability, value), strict=True))
+        values = dict(zip(OPERANDS, (call.query, call.key, probability, call.value), strict=True))
         for name, x in values.items():
             self._absmax[name] = torch.maximum(self._absmax[name], x.abs().amax().float().cpu())
         if len(self._samples) < self._calls:
-            q, k, v, y = (x[: self._rows].float().cpu() for x in (query, key, value, output))
-            # A mask may be the same for all rows.
-            part = None if mask is None else mask[: self._rows].float().cpu()
-            self._samples.append(AttentionSample((q, k, v, part, scaling, softcap), y))
+            few = output[: self._rows].float().cpu()
+            self._samples.append(AttentionSample(call.rows(self._rows), few))
 
     @property
     def value(self) -> AttentionStatistics:
@@ -199,7 +202,7 @@ def _error(samples: Sequence[AttentionSample], operands: Mapping[str, Activation
     products = AttentionProducts(operands)
     wrong = power = 0.0
     for sample in samples:
-        found, _ = attention(*sample.arguments, products)
+        found, _ = attention(sample.call, products)
         wrong += float((found - sample.output).square().sum())
         power += float(sample.output.square().sum())
     return wrong / max(power, torch.finfo().tiny)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import fp4compile
 from fp4compile.attention_products import (
     OPERANDS,
+    AttentionCall,
     AttentionObserver,
     AttentionProducts,
     attention,
@@ -19,7 +20,7 @@ from fp4compile.attention_products import (
 )
 from fp4compile.errors import SpecError, UnsupportedOperationError
 from fp4compile.formats import FORMATS, by_name
-from fp4compile.integrations.attention import NAME, attach_products, products_of
+from fp4compile.integrations.attention import NAME, attach_products, attend, products_of
 from fp4compile.numerics import fake_quantize
 from fp4compile.qparams import ActivationQParams, TensorSpec
 
@@ -67,7 +68,7 @@ def test_without_products_it_is_attention(heads):
     q, k, v = qkv(heads)
     mask = torch.randn(2, 1, 6, 6)
     expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.4, enable_gqa=True)
-    torch.testing.assert_close(attention(q, k, v, mask, 0.4)[0], expected)
+    torch.testing.assert_close(attention(AttentionCall(q, k, v, mask, 0.4))[0], expected)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -79,16 +80,17 @@ def test_every_operand_is_rounded_by_its_scale(format):
 
     scores = rounded(q) @ rounded(k).mT * 0.5
     expected = rounded(scores.softmax(dim=-1)) @ rounded(v)
-    torch.testing.assert_close(attention(q, k, v, None, 0.5, None, products(format))[0], expected)
+    got, _ = attention(AttentionCall(q, k, v, scaling=0.5), products(format))
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_the_search_is_no_worse_than_minmax_in_the_formats_of_its_width(bits):
     observer = AttentionObserver()
     for seed in range(3):
-        q, k, v = qkv(2, seed)
-        output, probability = attention(q, k, v, None, 1.0)
-        observer.update(q, k, v, None, 1.0, None, probability, output)
+        call = AttentionCall(*qkv(2, seed))
+        output, probability = attention(call)
+        observer.update(call, probability, output)
     spec = TensorSpec(bits, granularity="tensor")
     minmax = search_attention(observer.value, spec, minmax=True)
     found = search_attention(observer.value, spec)
@@ -177,18 +179,47 @@ def test_what_has_no_products_is_refused_and_left_alone(spec, model, message):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_attention_with_sinks_is_refused_and_left_alone():
+def test_what_an_attention_does_besides_is_refused():
+    with pytest.raises(UnsupportedOperationError, match="takes cache"):
+        attend(torch.nn.Identity(), *qkv(), None, cache=object())
+
+
+def tiny_gpt_oss():
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    torch.manual_seed(0)
     config = AutoConfig.for_model(
         "gpt_oss", hidden_size=32, intermediate_size=16, num_hidden_layers=1, vocab_size=96,
         num_local_experts=2, num_experts_per_tok=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16,
+        head_dim=16, initializer_range=0.3,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).eval()
-    before = model.config._attn_implementation
-    with pytest.raises(UnsupportedOperationError, match="s_aux"):
-        fp4compile.quantize(model, [IDS], "w8a8", method="minmax", attention=True, progress=False)
-    assert model.config._attn_implementation == before != NAME
-    assert not products_of(model)
-    model(IDS)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def tiny_t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=96, d_model=32, d_kv=16, num_heads=2, num_layers=1, d_ff=32,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model", "call"),
+    [(tiny_gpt_oss, {"input_ids": IDS}), (tiny_t5, {**CALL, "decoder_input_ids": IDS[:, :5]})],
+    ids=["sinks", "position bias"],
+)
+def test_sinks_and_position_biases_are_the_models_own(model, call):
+    model = model()
+    expected = model(**call).logits
+    model.set_attn_implementation(NAME)  # without products: in full precision
+    torch.testing.assert_close(model(**call).logits, expected)
+    model.set_attn_implementation("eager")
+    fp4compile.quantize(model, [call], "w8a8", method="minmax", attention=True, progress=False)
+    kinds = len(products_of(model))
+    assert kinds == len(model.fp4_report.attention) == (1 if len(call) == 1 else 3)
+    assert all(0 < each.error < 0.05 for each in model.fp4_report.attention)

@@ -14,6 +14,7 @@ from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fp4compile.attention_products import (
+    AttentionCall,
     AttentionDecision,
     AttentionObserver,
     AttentionProducts,
@@ -29,7 +30,7 @@ _OBSERVED = "fp4compile_observed"
 # Where a module of attention has its products.
 ATTRIBUTE = "fp4_products"
 # What some models hand to their attention and the function here does not compute.
-_UNKNOWN = ("s_aux", "position_bias", "cache")
+_UNKNOWN = ("cache",)
 
 _OnCall = Callable[..., None]
 
@@ -43,6 +44,8 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     *,
     on_call: _OnCall | None = None,
     **options: Any,
@@ -58,13 +61,25 @@ def attend(
             f"the attention of {type(module).__name__} takes {', '.join(unknown)}, which has no "
             "quantized form; call quantize without attention"
         )
-    mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    products = getattr(module, ATTRIBUTE, None)
-    output, probability = attention(query, key, value, mask, scaling, softcap, products)
+    call = AttentionCall(
+        query,
+        key,
+        value,
+        _sum(attention_mask, position_bias, key.shape[-2]),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap,
+        s_aux,
+    )
+    output, probability = attention(call, getattr(module, ATTRIBUTE, None))
     if on_call is not None:
-        on_call(module, query, key, value, mask, scaling, softcap, probability, output)
+        on_call(module, call, probability, output)
     return output.transpose(1, 2).contiguous(), probability
+
+
+def _sum(mask: Tensor | None, bias: Tensor | None, keys: int) -> Tensor | None:
+    """What is added to the scores."""
+    parts = [part[..., :keys] for part in (mask, bias) if part is not None]
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 AttentionInterface.register(NAME, attend)
