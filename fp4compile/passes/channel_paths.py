@@ -56,6 +56,8 @@ def next_on_path(node: fx.Node) -> tuple[fx.Node, ...]:
         operands = _nodes(node.args[:2])
         matrices = all(operand.meta["val"].dim() > 1 for operand in operands)
         return _nodes([node.args[ATTENTION[node.target]]]) if matrices else ()
+    if node.target is aten.einsum.default:
+        return _einsum_operand(node)
     if node.target is aten.mul.Tensor:
         same = [
             argument
@@ -64,6 +66,25 @@ def next_on_path(node: fx.Node) -> tuple[fx.Node, ...]:
         ]
         return tuple(same)
     return ()
+
+
+def _einsum_operand(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The one of two operands that has the last dimension of the result, as values have in an
+    attention that is written so.
+    """
+    operands: Any = node.args[1]
+    letters, result = _letters(node)
+    plain = all(each.isalpha() and len(set(each)) == len(each) for each in (*letters, result))
+    if not plain or len(letters) != 2:  # an ellipsis, a diagonal, a number as the result
+        return ()
+    having = [x for x, each in zip(operands, letters, strict=True) if result[-1] in each]
+    return _nodes(having) if len(having) == 1 else ()
+
+
+def _letters(node: fx.Node) -> tuple[list[str], str]:
+    """The dimensions of the operands of an einsum, and of its result."""
+    operands, _, result = str(node.args[0]).replace(" ", "").partition("->")
+    return operands.split(","), result
 
 
 def _nodes(arguments: Any) -> tuple[fx.Node, ...]:
@@ -101,6 +122,8 @@ def _sent(node: fx.Node, before: fx.Node, value: Any) -> Any:
     shape = _hints(_shape(node))
     if node.target in ATTENTION:
         return _mixed(value, shape)
+    if node.target is aten.einsum.default:
+        return _mixed_by_einsum(node, before, value).expand(shape)
     if node.target is aten.mul.Tensor or node.target is aten.div.Tensor:
         return value.expand(shape)
     if node.target in PASS_THROUGH or node.target in _HOMOGENEOUS:
@@ -123,6 +146,24 @@ def _mixed(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     if row.dim() > 2 and 1 < row.shape[-3] < shape[-3]:  # enable_gqa
         row = row.repeat_interleave(shape[-3] // row.shape[-3], dim=-3)
     return row.expand(shape)
+
+
+def _mixed_by_einsum(node: fx.Node, before: fx.Node, value: Tensor) -> Tensor:
+    """As :func:`_mixed`, of a product in which ``before`` is an operand."""
+    operands: Any = node.args[1]
+    letters, result = _letters(node)
+    own = letters[list(operands).index(before)]
+    for dim, letter in enumerate(own):
+        if letter not in result:
+            first = value.narrow(dim, 0, 1)
+            alike = (value == first).all(dim=dim, keepdim=True)
+            value = torch.where(alike, first, _SEVERAL)
+    value = value.squeeze([dim for dim, letter in enumerate(own) if letter not in result])
+    kept = [letter for letter in own if letter in result]
+    value = value.permute([kept.index(letter) for letter in result if letter in kept])
+    for dim, letter in enumerate(result):
+        value = value if letter in kept else value.unsqueeze(dim)
+    return value
 
 
 def _constant_index(node: fx.Node) -> list[Tensor | None] | None:

@@ -43,6 +43,7 @@ COMMUTING = {
     "picked": lambda y: y.view(3, 6, 2, 8)[:, :, [1]].flatten(-2).repeat(1, 1, 2),
     "repeated": lambda y: y.repeat_interleave(2, dim=1),
     "mixed_tokens": lambda y: torch.softmax(torch.eye(6, dtype=y.dtype), -1) @ y,
+    "mixed_by_einsum": lambda y: torch.einsum("bkd, qk -> bqd", y, torch.eye(6, dtype=y.dtype)),
 }
 
 
@@ -60,6 +61,11 @@ NOT_COMMUTING = {
     "sum": lambda y: y + y.flip(1),
     "own_values_and_keys": lambda y: F.scaled_dot_product_attention(torch.ones(3, 6, 16), y, y),
     # A row of the product is a sum over channels, as in token mixing.
+    "einsum_over_channels": lambda y: torch.einsum("btd,td->bt", y, y[0])[..., None].expand_as(y),
+    "einsum_of_squares": lambda y: torch.einsum("btd,btd->btd", y, y),
+    "einsum_of_diagonals": lambda y: torch.einsum("bttd->btd", y[:, None].expand(-1, 6, -1, -1)),
+    "einsum_to_a_number": lambda y: torch.einsum("btd,btd->", y, y).expand(y.shape),
+    "mixed_channels_by_einsum": lambda y: torch.einsum("de,bte->btd", torch.ones(16, 16), y),
     "mixed_channels": lambda y: (torch.ones(16, 16) @ y.transpose(1, 2))[..., :4].repeat(1, 1, 4),
 }
 
@@ -125,7 +131,14 @@ def _repeated(q, k, v):
     return torch.softmax(q @ k.mT, dim=-1) @ v
 
 
+def _einsum(q, k, v):
+    q = q.unflatten(1, (2, 2))  # groups of heads, heads of a group
+    scores = torch.einsum("bghqd,bgkd->bghqk", q, k)
+    return torch.einsum("bghqk,bgkd->bghqd", scores.softmax(dim=-1), v).flatten(1, 2)
+
+
 SHARING = {
+    "einsum": (_einsum, 2),
     "expanded": (_expanded, 2),
     "repeated": (_repeated, 2),
     "enable_gqa": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), 2),
