@@ -63,11 +63,14 @@ class _BatchState(fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(node)
             self.env[node] = replacement(*args, **kwargs)
 
-    def tokens(self, group: Group) -> Tensor:
-        """The group's inputs as ``[tokens, K]``, without the tokens that the mask pads. Where it is
-        for experts, a last column has each token's expert, so that a sample keeps it.
+    def tokens(self, group: Group, column: Tensor | None) -> Tensor:
+        """The group's inputs as ``[tokens, K]``, without the tokens that the mask pads. A last
+        ``column`` has a number of each token, so that a sample keeps it: that one, or the expert.
         """
-        found = [self._tokens_of(group, self.env[node]) for node in group.inputs]
+        values = [self.env[node] for node in group.inputs]
+        if column is not None:
+            values = [torch.cat((x.to(torch.float32), column[..., None]), dim=-1) for x in values]
+        found = [self._tokens_of(group, value) for value in values]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _tokens_of(self, group: Group, value: Tensor) -> Tensor:
@@ -113,11 +116,14 @@ def run_calibration(
     *,
     groups: Sequence[Group] | None = None,
     hidden: HiddenStates | None = None,
+    columns: Mapping[Group, Sequence[Tensor]] | None = None,
 ) -> None:
     """Call ``on_group`` for every one of ``groups`` (default: all) in order of execution.
 
     Args:
         on_start: replacements that hold from the start (what was decided before).
+        columns: by group with one input, per batch: what is added to its channels as the last
+            (shape of the input without channels).
         hidden: where the batches' values are kept between segments; default: all in memory.
 
     Raises:
@@ -128,7 +134,8 @@ def run_calibration(
     replacements = dict(on_start or {})
     with hidden or HiddenStates() as store:
         for segment in segments(graph, graph.groups if groups is None else groups):
-            inputs = _inputs(segment, states, replacements, store)
+            added = (columns or {}).get(segment.group, [None] * len(states))
+            inputs = _inputs(segment, states, replacements, store, added)
             found = on_group(segment.group, inputs)
             for _ in inputs:
                 pass  # whatever on_group left unread must still pass the segment
@@ -140,6 +147,7 @@ def _inputs(
     states: Sequence[_BatchState],
     replacements: Mapping[fx.Node, Callable[..., Tensor]],
     hidden: HiddenStates,
+    columns: Sequence[Tensor | None],
 ) -> Iterator[Tensor]:
     """Run one batch after the other through the segment, yielding its tokens at the end."""
     for index, state in enumerate(states):
@@ -148,7 +156,7 @@ def _inputs(
             state.step(node, replacements.get(node))
             for old in dead:
                 del state.env[old]
-        tokens = state.tokens(segment.group)
+        tokens = state.tokens(segment.group, columns[index])
         for old in segment.dead:
             del state.env[old]
         hidden.put(index, state.release())

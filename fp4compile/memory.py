@@ -87,6 +87,7 @@ def plan_memory(
     max_memory: int | str | None = None,
     *,
     sequential: bool = False,
+    gradients: bool = False,
     processes: int = 1,
 ) -> MemoryPlan:
     """Divide ``max_memory`` (default: half of the available RAM, shared by the ``processes`` of
@@ -107,6 +108,8 @@ def plan_memory(
     fixed = sum(weights.values()) * spec.weight.bits // 8 if sequential else 0
     lookups = [weights[site.name] for site in graph.sites if site.lookups]
     largest = FLOAT32 * (WEIGHT_COPIES * max(lookups, default=0) + ROW_COPIES * rows)
+    if gradients:
+        largest = max(largest, _gradient_bytes(graph, batches))
 
     def needed(sample_tokens: int) -> int:
         search = max((size.search(sample_tokens) for size in sizes), default=0)
@@ -212,6 +215,17 @@ def _forward_bytes(graph: Graph, batches: Sequence[Batch]) -> tuple[int, int]:
         between = max(between, sum(alive.values()))
     shares = _shares(graph, batches)
     return round(between * sum(shares)), round(within * max(shares))
+
+
+def _gradient_bytes(graph: Graph, batches: Sequence[Batch]) -> int:
+    """What one batch holds at most when it is run back: every value, the outputs once more each as
+    float32, probabilities and gradient.
+    """
+    own = [n for n in graph.module.graph.nodes if n.op not in ("get_attr", "placeholder", "output")]
+    values = sum(_bytes(node.meta.get("val")) for node in own)
+    (outputs,) = graph.module.graph.find_nodes(op="output")
+    returned = sum(_bytes(node.meta.get("val")) for node in outputs.all_input_nodes)
+    return round((values + 3 * returned) * max(_shares(graph, batches)))
 
 
 def _shares(graph: Graph, batches: Sequence[Batch]) -> list[float]:

@@ -27,6 +27,7 @@ from fp4compile.search import GroupProblem, SearchMethod, SearchOptions, by_meth
 from fp4compile.search.candidates import minmax_weight
 from fp4compile.search.diagnosis import diagnosed
 from fp4compile.search.experts import search_experts
+from fp4compile.sensitivity import sensitivities
 from fp4compile.trace import Graph, Group, Site
 from fp4compile.weight_uses import WeightUse
 from fp4compile.weights import dequantized
@@ -47,20 +48,33 @@ class _Run:
     memory: MemoryPlan
     checkpoint: Checkpoint
     processes: Processes
+    sensitivities: Mapping[Group, Sequence[Tensor]]
 
     @property
     def lookups(self) -> list[Site]:
         return [site for site in self.graph.sites if site.lookups]
 
     def calibrate(
-        self, groups: Sequence[Group], on_group: OnGroup, on_start: Replacements | None = None
+        self,
+        groups: Sequence[Group],
+        on_group: OnGroup,
+        on_start: Replacements | None = None,
+        columns: Mapping[Group, Sequence[Tensor]] | None = None,
     ) -> None:
-        """Bring this process's batches to ``groups``."""
+        """Bring this process's batches to ``groups``, as :func:`run_calibration` says."""
         folder = self.checkpoint.folder
         hidden = HiddenStates(
             self.memory.hidden, folder and folder / f"hidden-{self.processes.rank}"
         )
-        run_calibration(self.graph, self.batches, on_group, on_start, groups=groups, hidden=hidden)
+        run_calibration(
+            self.graph,
+            self.batches,
+            on_group,
+            on_start,
+            groups=groups,
+            hidden=hidden,
+            columns=columns,
+        )
 
     def statistics(
         self, inputs: Iterable[Tensor], owner: int, *, second_moment: bool = False
@@ -102,6 +116,7 @@ def decide(
     processes are decided at a time, one by each.
     """
     search = search or SearchOptions()
+    by_gradient = search.token_weights == "gradient"
     processes = processes_of(process_group)
     plan = plan_memory(
         model,
@@ -110,6 +125,7 @@ def decide(
         spec,
         max_memory,
         sequential=sequential,
+        gradients=by_gradient,
         processes=processes.size,
     )
     # The sample must fit every process.
@@ -129,7 +145,19 @@ def decide(
         lambda: open_checkpoint(None if calibration_dir is None else Path(calibration_dir), this)
     )
     part = processes.share(batches)
-    run = _Run(model, graph, part, spec, by_method(method), search, memory, checkpoint, processes)
+    numbered = zip(range(processes.rank, len(batches), processes.size), part, strict=True)
+    run = _Run(
+        model,
+        graph,
+        part,
+        spec,
+        by_method(method),
+        search,
+        memory,
+        checkpoint,
+        processes,
+        sensitivities(model, graph, numbered) if by_gradient else {},
+    )
     decided = _decide_lookups_first(run) if sequential else {}
     _decide_groups(run, decided, sequential=sequential, progress=progress)
     return decided | _decide_lookups(run, [s for s in run.lookups if s.name not in decided], {})
@@ -177,7 +205,7 @@ def _decide_groups(
         return sum(run.model.get_parameter(site.name).numel() for site in group.sites)
 
     with Progress(sum(map(cost, todo)), len(todo), show=progress) as bar:
-        run.calibrate(todo, on_group, on_start)
+        run.calibrate(todo, on_group, on_start, run.sensitivities)
         finish_round()
 
 
@@ -190,6 +218,9 @@ def _decide_group(
     run: _Run, group: Group, statistics: Statistics, decided: Mapping[str, SiteQParams]
 ) -> dict[str, SiteQParams]:
     weights = {site.name: oriented(run.model, site) for site in group.sites}
+    if group in run.sensitivities:
+        rest, sensitivity = statistics.last_column_taken()
+        statistics = replace(rest, sensitivity=sensitivity)
     problem = GroupProblem(
         weights,
         statistics,

@@ -142,14 +142,21 @@ class Statistics:
     """What calibration saw of one activation ``x`` of K channels.
 
     ``absmax`` ``[K]``; ``second_moment`` ``[K, K]`` = mean of ``x x^T`` over ``tokens`` tokens
-    (``[0, 0]`` where nothing asked for it); ``sample`` ``[T, K]``, a uniform sample of them. All
-    float32.
+    (``[0, 0]`` where nothing asked for it); ``sample`` ``[T, K]``, a uniform sample of them;
+    ``sensitivity`` ``[T]`` of these, where it was asked for. All float32.
     """
 
     absmax: Tensor
     second_moment: Tensor
     sample: Tensor
     tokens: int
+    sensitivity: Tensor | None = None
+
+    def last_column_taken(self) -> tuple[Statistics, Tensor]:
+        """Without the last channel, and the sample of that."""
+        column = self.sample[:, -1]
+        rest = self.sample[:, :-1].contiguous()
+        return replace(self, absmax=self.absmax[:-1], sample=rest), column
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ def diagnosed(
     order = sample.square().sum(dim=1).argsort(stable=True)
     step = max(1, len(sample) // DIAGNOSIS_TOKENS)
     few = sample[order[step // 2 :: step]]
-    tokens = weighted_tokens(replace(problem, statistics=replace(problem.statistics, sample=few)))
+    statistics = replace(problem.statistics, sample=few, sensitivity=None)
+    tokens = weighted_tokens(replace(problem, statistics=statistics))
     absmax = problem.statistics.absmax
     found = {}
     for name, site in decisions.items():

@@ -15,7 +15,6 @@ from fp4compile.qparams import (
     ActivationQParams,
     QuantSpec,
     SiteQParams,
-    Statistics,
     TensorSpec,
     WeightQParams,
 )
@@ -43,16 +42,10 @@ def search_experts(method: SearchMethod, problem: GroupProblem) -> dict[str, Sit
     Args:
         problem: the last column of ``statistics`` says which expert a token is for.
     """
-    expert = problem.statistics.sample[:, -1].to(torch.int64)
-    problem = replace(problem, statistics=_without_last(problem.statistics))
+    statistics, last = problem.statistics.last_column_taken()
+    expert, problem = last.to(torch.int64), replace(problem, statistics=statistics)
     shared = _shared_decisions(method, problem)
     return {name: _decide(method, problem, name, expert, shared[name]) for name in problem.weights}
-
-
-def _without_last(statistics: Statistics) -> Statistics:
-    return replace(
-        statistics, absmax=statistics.absmax[:-1], sample=statistics.sample[:, :-1].contiguous()
-    )
 
 
 def _shared_decisions(method: SearchMethod, problem: GroupProblem) -> dict[str, SiteQParams]:

@@ -12,6 +12,7 @@ from fp4compile.qparams import QuantSpec, Statistics, WeightQParams
 
 ROUNDINGS = ("compensated", "nearest")
 SHIFT_CHOICES = ("error", "maximum")
+TOKEN_WEIGHTS = ("power", "gradient")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class SearchOptions:
 
     ``sink_power``: in the output error a token counts by ``1 / (power + sink_power * mean power)``
     of its output; infinity counts all the same. ``weight_sink_power``: the same for the second
-    moment that weights are rounded by, which may rest on sinks more.
+    moment that weights are rounded by, which may rest on sinks more. ``token_weights``:
+    ``"gradient"`` counts tokens in that moment by how much errors there move the model's outputs
+    (``sensitivity.py``), for which every batch is run forth and back once; ``"power"`` as said.
 
     ``unseen``: a static scale reckons with so many times as many tokens as calibration saw, some of
     them larger; 0 for none. ``moment_shrinkage``: how much of the correlation between channels that
@@ -51,6 +54,7 @@ class SearchOptions:
     rounds: int = 3
     sink_power: float = 0.1
     weight_sink_power: float = 16.0
+    token_weights: str = "power"
     unseen: float = 1.0
     moment_shrinkage: float = 2.0
     lookup_weight: float = 0.05
@@ -64,6 +68,8 @@ class SearchOptions:
             raise SpecError(f"rounding {self.rounding!r} is not one of {ROUNDINGS}")
         if self.shift_choice not in SHIFT_CHOICES:
             raise SpecError(f"shift_choice {self.shift_choice!r} is not one of {SHIFT_CHOICES}")
+        if self.token_weights not in TOKEN_WEIGHTS:
+            raise SpecError(f"token_weights {self.token_weights!r} is not one of {TOKEN_WEIGHTS}")
         amounts = (
             *(self.sink_power, self.weight_sink_power, self.unseen, self.moment_shrinkage),
             *(self.lookup_weight, self.format_margin),

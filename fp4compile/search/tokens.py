@@ -143,7 +143,9 @@ def weighted_tokens(problem: GroupProblem) -> Tokens:
         power += y / mean
         of_maximum += weight.square().sum(dim=0) * absmax.square() / mean
     counts = _damped(power, options.sink_power, power)
-    in_moments = _damped(power, options.weight_sink_power, power)
+    in_moments = statistics.sensitivity
+    if in_moments is None or not bool(in_moments.any()):
+        in_moments = _damped(power, options.weight_sink_power, power)
     tail = _damped(of_maximum, options.sink_power, power) * options.unseen / statistics.tokens
     mean = counts.mean()
     # Else the first tokens of all sequences, attention sinks, could be held out together.
