@@ -18,6 +18,7 @@ from bench import families as families_bench
 from bench import gemm as gemm_bench
 from bench import model as model_bench
 from bench import roofline as paper
+from bench import static_bound as bound_bench
 from bench import sts as sts_bench
 from bench.compare import DEFAULT_NOISE
 from bench.compare import compare as compare_files
@@ -168,6 +169,24 @@ def accuracy(
         )
         for name, metrics in result.tasks.items():
             typer.echo(f"  {name}: {', '.join(f'{k} {v:.4f}' for k, v in metrics.items())}")
+        _append(json_path, asdict(result))
+
+
+@app.command()
+def bound(
+    bits: Annotated[int, typer.Option(help="Bits of the activations: 4, 6 or 8.")] = 6,
+    tokens: Annotated[int, typer.Option(help="Tokens of WikiText-2 test to score.")] = (
+        accuracy_bench.TOKENS
+    ),
+    threads: Annotated[int, typer.Option(help="Threads.")] = 2,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
+) -> None:
+    """SmolLM2-135M with inputs of linears rounded as well as static scales can: what a search of
+    them cannot do better than.
+    """
+    torch.set_num_threads(threads)
+    for result in bound_bench.run(bits, tokens):
+        typer.echo(f"{result.bits} bits, inputs of {result.inputs:<12}{result.perplexity:9.2f}")
         _append(json_path, asdict(result))
 
 

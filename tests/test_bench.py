@@ -11,7 +11,7 @@ import torch
 from models import VOCABULARY, tiny_llama
 from typer.testing import CliRunner
 
-from bench import accuracy, calibrate, gemm, model, peers
+from bench import accuracy, calibrate, gemm, model, peers, static_bound
 from bench.__main__ import app
 from bench.compare import compare
 from bench.gemm_peers import GEMM_PEERS, absent
@@ -98,6 +98,20 @@ def test_a_peer_with_weights_of_its_own_runs_no_other_model():
     assert peers.reason_absent("llama.cpp q4_1", "llama-1.1b") == "has weights of smollm2-135m only"
 
 
+def test_the_best_static_scales_round_each_channel_by_its_own():
+    x = torch.tensor([[1.0, 100.0, 0.0], [-0.5, 37.0, 0.0], [0.25, 64.0, 0.0]])
+    rounding = static_bound._best(x, 6)
+    assert ((rounding(x) - x).abs() <= 0.05 * x.abs()).all()
+    ids = Tokenizer()("".join(map(chr, range(600)))).get("input_ids")
+    results = list(static_bound.measure(tiny_llama(layers=1), torch.tensor([ids]), 4, 511))
+    assert [each.inputs for each in results] == [
+        *("all", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "lm_head",
+    ]
+    assert len({each.perplexity for each in results}) > 1
+    assert {each.tokens for each in results} == {511}
+
+
 def test_calibration_is_measured_by_size():
     small, large = calibrate.run("w4a4", "minmax", [1], [64, 128], 2, 8, threads=1)
     assert (small.hidden, large.hidden) == (64, 128)
@@ -115,6 +129,7 @@ def test_every_configuration_is_one_that_quantize_takes():
     "name",
     [
         "accuracy",
+        "bound",
         "calibrate",
         "compare",
         "digits",
