@@ -25,9 +25,7 @@ class SearchOptions:
 
     ``sink_power``: in the output error a token counts by ``1 / (power + sink_power * mean power)``
     of its output; infinity counts all the same. ``weight_sink_power``: the same for the second
-    moment that weights are rounded by, which may rest on sinks more. ``token_weights``:
-    ``"gradient"`` counts tokens in that moment by how much errors there move the model's outputs
-    (``sensitivity.py``), for which every batch is run forth and back once; ``"power"`` as said.
+    moment that weights are rounded by, which may rest on sinks more.
 
     ``unseen``: a static scale reckons with so many times as many tokens as calibration saw, some of
     them larger; 0 for none. ``moment_shrinkage``: how much of the correlation between channels that
@@ -47,6 +45,10 @@ class SearchOptions:
     ``tie_shifts``: channels that come from one row of their producer (query heads that share a head
     of values) get one exponent shift, so that it folds. Otherwise each has its own, and
     the multiplication is part of the kernel that rounds the activation.
+
+    ``token_weights``: ``"gradient"`` counts tokens, in the second moment that weights are rounded
+    by, by how much errors there move the model's outputs (Fisher information), for which every
+    sample is run forth and back once; ``"power"`` as ``weight_sink_power`` says.
     """
 
     rounding: str = "compensated"
@@ -54,7 +56,6 @@ class SearchOptions:
     rounds: int = 3
     sink_power: float = 0.1
     weight_sink_power: float = 16.0
-    token_weights: str = "power"
     unseen: float = 1.0
     moment_shrinkage: float = 2.0
     lookup_weight: float = 0.05
@@ -62,6 +63,7 @@ class SearchOptions:
     largest_rotation: int = 512
     balance: bool = True
     tie_shifts: bool = False
+    token_weights: str = "power"
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
