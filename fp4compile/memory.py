@@ -21,6 +21,7 @@ from fp4compile.errors import MemoryLimitError
 from fp4compile.observers import SAMPLE_TOKENS
 from fp4compile.progress import estimated_seconds
 from fp4compile.qparams import QuantSpec
+from fp4compile.sensitivity import single_samples
 from fp4compile.trace import Graph, Group, Site
 from fp4compile.weights import ROWS
 
@@ -218,14 +219,15 @@ def _forward_bytes(graph: Graph, batches: Sequence[Batch]) -> tuple[int, int]:
 
 
 def _gradient_bytes(graph: Graph, batches: Sequence[Batch]) -> int:
-    """What one batch holds at most when it is run back: every value, the outputs once more each as
-    float32, probabilities and gradient.
+    """What one sample holds at most when it is run back: every value, the outputs once more each
+    as float32, probabilities and gradient.
     """
     own = [n for n in graph.module.graph.nodes if n.op not in ("get_attr", "placeholder", "output")]
     values = sum(_bytes(node.meta.get("val")) for node in own)
     (outputs,) = graph.module.graph.find_nodes(op="output")
     returned = sum(_bytes(node.meta.get("val")) for node in outputs.all_input_nodes)
-    return round((values + 3 * returned) * max(_shares(graph, batches)))
+    samples = [sample for batch in batches for sample in single_samples(graph, batch)]
+    return round((values + 3 * returned) * max(_shares(graph, samples)))
 
 
 def _shares(graph: Graph, batches: Sequence[Batch]) -> list[float]:

@@ -26,6 +26,8 @@ from fp4compile.trace import Graph, Group
 logger = logging.getLogger(__name__)
 
 _TINY = 1e-30
+# Arguments of transformers' models.
+_SAMPLES_FIRST = frozenset({"input_ids", "inputs_embeds", "pixel_values", "input_features"})
 
 
 def sensitivities(
@@ -53,7 +55,7 @@ def sensitivities(
         for number, batch in batches:
             generator = torch.Generator().manual_seed(number)
             parts = []
-            for part in _parts(graph, batch):
+            for part in single_samples(graph, batch):
                 one = _Gradients(graph, groups)
                 one.backward(part, heads, generator)
                 parts.append(one.squares)
@@ -69,20 +71,21 @@ def sensitivities(
     return seen
 
 
-def _parts(graph: Graph, batch: Batch) -> list[Batch]:
-    """``batch`` one sample at a time, since going back holds every value; whole where the graph
-    was not traced for any number of samples.
+def single_samples(graph: Graph, batch: Batch) -> list[Batch]:
+    """``batch`` one sample at a time, since going back holds every value; whole where its first
+    dimension is not known to be that of samples, or the graph was not traced for any number.
     """
     inputs = [node.meta.get("val") for node in graph.module.graph.find_nodes(op="placeholder")]
+    traced = [x.shape[:1] for x in inputs if isinstance(x, Tensor)]
+    any_number = all(size and not isinstance(size[0], int) for size in traced)
     leaves, spec = pytree.tree_flatten(batch)
-    given = [x for x in leaves if isinstance(x, Tensor)]
-    samples = {len(x) if x.dim() else 0 for x in given}
-    fixed = [x for x in inputs if isinstance(x, Tensor) and isinstance(x.shape[0], int)]
-    if len(samples) != 1 or fixed:
+    sizes = {tuple(x.shape[:1]) for x in leaves if isinstance(x, Tensor)}
+    if not (_SAMPLES_FIRST & batch[1].keys() and any_number and len(sizes) == 1):
         return [batch]
+    ((count,),) = sizes
     return [
         pytree.tree_unflatten([x[i : i + 1] if isinstance(x, Tensor) else x for x in leaves], spec)
-        for i in range(samples.pop())
+        for i in range(count)
     ]
 
 

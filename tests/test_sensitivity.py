@@ -15,7 +15,7 @@ from fp4compile.errors import MemoryLimitError, SpecError, UnsupportedOperationE
 from fp4compile.qparams import QuantSpec, Statistics
 from fp4compile.search import GroupProblem, SearchOptions
 from fp4compile.search.tokens import shrunk_moment, weighted_tokens
-from fp4compile.sensitivity import sensitivities
+from fp4compile.sensitivity import sensitivities, single_samples
 from fp4compile.trace import trace
 
 GRADIENT = SearchOptions(token_weights="gradient")
@@ -115,6 +115,19 @@ def test_a_model_without_gradients_is_an_error_and_as_it_was():
     assert type(model.last.weight) is nn.Parameter
 
 
+def test_samples_are_run_alone_where_they_come_first():
+    model = tiny_llama(layers=1)
+    ids = tokens(4, 6)
+    graph = trace(model, (), {"input_ids": ids, "use_cache": False})
+    parts = single_samples(graph, ((), {"input_ids": ids, "use_cache": False}))
+    assert torch.equal(torch.cat([kwargs["input_ids"] for _, kwargs in parts]), ids)
+    assert {len(kwargs["input_ids"]) for _, kwargs in parts} == {1}
+    # Whose first dimension is what, nobody knows.
+    alone = trace(Two(4).eval(), (X,), {})
+    ((args, _),) = single_samples(alone, ((X,), {}))
+    assert args[0] is X
+
+
 def test_a_column_stays_with_its_token():
     """Padded tokens are taken out with theirs."""
     model = tiny_llama(layers=1)
@@ -170,13 +183,11 @@ def test_a_model_is_quantized_with_it(method):
 
 
 def test_memory_for_gradients_is_asked_for():
-    options = {"method": "minmax", "progress": False}
-    big = tokens(64, 128)
-    fp4compile.quantize(tiny_llama(layers=1), [big], max_memory="90MiB", **options)
+    many = torch.zeros(300_000, 8).index_fill(0, torch.tensor([7]), 1.0)
+    options = {"method": "minmax", "progress": False, "max_memory": "110MiB"}
+    fp4compile.quantize(Two(24), [many], **options)
     with pytest.raises(MemoryLimitError, match="calibration needs more"):
-        fp4compile.quantize(
-            tiny_llama(layers=1), [big], max_memory="90MiB", search=GRADIENT, **options
-        )
+        fp4compile.quantize(Two(24), [many], search=GRADIENT, **options)
 
 
 def test_other_names_are_refused():

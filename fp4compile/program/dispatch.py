@@ -104,8 +104,6 @@ class Dispatcher:
         if named.keys().isdisjoint(kwargs):  # else the forward says what is wrong
             args, kwargs = args[len(named) :], {**named, **kwargs}
         try:
-            if torch.is_autocast_enabled("cpu"):
-                raise NotFlat("autocast")
             program, flat = self._repeated(args, kwargs) or self._found(args, kwargs)
         except NotFlat as reason:
             self._decline(str(reason))
@@ -123,12 +121,16 @@ class Dispatcher:
         section = self._steady.section
         if section is None or section.last is None or section.owners is not self._owners:
             return None
+        if torch.is_autocast_enabled("cpu"):
+            return None
         pattern, program = section.last
         flat = pattern.flatten((self._module.training, args, kwargs))
         return None if flat is None else (program, flat)
 
     def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Flattened]:
         initialize_caches(self._module, args, kwargs)
+        if torch.is_autocast_enabled("cpu"):
+            raise NotFlat("autocast")
         call = (self._module.training, args, kwargs)
         flat = Flattened(call, self._memo)
         program = self._program(flat, args, kwargs)
