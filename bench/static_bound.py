@@ -25,7 +25,7 @@ from fp4compile.search.sorted_errors import channel_errors
 
 STEPS_PER_OCTAVE, OCTAVES = 8, 24
 # Linears whose inputs are held at a time.
-AT_ONCE = 12
+AT_ONCE = 42
 ALL = "all"
 
 
