@@ -181,8 +181,8 @@ def bound(
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
     json_path: Annotated[Path | None, typer.Option("--json", help="Append JSON lines.")] = None,
 ) -> None:
-    """SmolLM2-135M with inputs of linears rounded as well as static scales can: what a search of
-    them cannot do better than.
+    """SmolLM2-135M with inputs of linears rounded by static scales of every channel that are best
+    for the scored tokens: more freedom than any recipe has.
     """
     torch.set_num_threads(threads)
     for result in bound_bench.run(bits, tokens):

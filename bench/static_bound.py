@@ -1,8 +1,8 @@
-"""What static scales of activations could reach at best, as a bound for searches.
+"""What static scales of activations reach when they may cheat, to judge searches by.
 
 Every channel of every input of a linear gets the real scale and the format that are best for the
-very tokens that are scored; weights stay in full precision. No recipe does as well: it has one
-scale per tensor, powers of two per channel, and other tokens.
+very tokens that are scored, by squared error; weights stay in full precision. A recipe has less
+freedom: one scale per tensor, powers of two per channel, and other tokens.
 """
 
 from __future__ import annotations
