@@ -103,6 +103,12 @@ def _bundled_text(tokenizer: Any) -> list[str]:
     return [bundled("calibration.txt")]
 
 
+def token_mask(batch: Batch) -> Tensor | None:
+    """bool ``[B, T]``: which tokens of ``batch`` are no padding; None where it does not say."""
+    mask = batch[1].get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
 def bundled(name: str) -> str:
     """Text of a file in ``fp4compile/data``."""
     return resources.files("fp4compile").joinpath("data", name).read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fp4compile.batches import Batch
+from fp4compile.batches import Batch, token_mask
 from fp4compile.errors import CalibrationDataError, NonFiniteError
 from fp4compile.hidden_states import HiddenStates
 from fp4compile.trace import Graph, Group
@@ -50,8 +50,7 @@ class _BatchState(fx.Interpreter):
                 f"{graph.input_spec}; give all batches the same arguments"
             )
         self.args_iter = iter(leaves)
-        mask = batch[1].get("attention_mask")
-        self.token_mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.token_mask = token_mask(batch)
         held = [*leaves, *graph.module.parameters(), *graph.module.buffers()]
         self._resident = {_storage(value) for value in held if isinstance(value, Tensor)}
         self._away: list[fx.Node] = []
@@ -69,7 +68,7 @@ class _BatchState(fx.Interpreter):
         """
         values = [self.env[node] for node in group.inputs]
         if column is not None:
-            values = [torch.cat((x.to(torch.float32), column[..., None]), dim=-1) for x in values]
+            values = [_with_column(x, column) for x in values]
         found = [self._tokens_of(group, value) for value in values]
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -101,7 +100,12 @@ def _with_expert(rows: Tensor, offsets: Tensor) -> Tensor:
     """float32 ``[S, K + 1]``: rows up to ``offsets[e]`` are those of expert e."""
     positions = torch.arange(len(rows), device=rows.device)
     expert = torch.searchsorted(offsets.to(positions.dtype), positions, right=True)
-    return torch.cat((rows.to(torch.float32), expert[:, None].to(torch.float32)), dim=1)
+    return _with_column(rows, expert)
+
+
+def _with_column(x: Tensor, column: Tensor) -> Tensor:
+    """float32 ``[..., K + 1]``."""
+    return torch.cat((x.to(torch.float32), column[..., None].to(torch.float32)), dim=-1)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ class _Run:
     memory: MemoryPlan
     checkpoint: Checkpoint
     processes: Processes
-    sensitivities: Mapping[Group, Sequence[Tensor]]
 
     @property
     def lookups(self) -> list[Site]:
@@ -75,6 +75,13 @@ class _Run:
             hidden=hidden,
             columns=columns,
         )
+
+    def sensitivities(self) -> Mapping[Group, Sequence[Tensor]]:
+        """Those of this process's batches, where tokens count by gradient."""
+        if self.search.token_weights != "gradient":
+            return {}
+        numbers = count(self.processes.rank, self.processes.size)
+        return sensitivities(self.model, self.graph, zip(numbers, self.batches, strict=False))
 
     def statistics(
         self, inputs: Iterable[Tensor], owner: int, *, second_moment: bool = False
@@ -116,7 +123,6 @@ def decide(
     processes are decided at a time, one by each.
     """
     search = search or SearchOptions()
-    by_gradient = search.token_weights == "gradient"
     processes = processes_of(process_group)
     plan = plan_memory(
         model,
@@ -125,7 +131,7 @@ def decide(
         spec,
         max_memory,
         sequential=sequential,
-        gradients=by_gradient,
+        gradients=search.token_weights == "gradient",
         processes=processes.size,
     )
     # The sample must fit every process.
@@ -145,19 +151,7 @@ def decide(
         lambda: open_checkpoint(None if calibration_dir is None else Path(calibration_dir), this)
     )
     part = processes.share(batches)
-    numbered = zip(range(processes.rank, len(batches), processes.size), part, strict=True)
-    run = _Run(
-        model,
-        graph,
-        part,
-        spec,
-        by_method(method),
-        search,
-        memory,
-        checkpoint,
-        processes,
-        sensitivities(model, graph, numbered) if by_gradient else {},
-    )
+    run = _Run(model, graph, part, spec, by_method(method), search, memory, checkpoint, processes)
     decided = _decide_lookups_first(run) if sequential else {}
     _decide_groups(run, decided, sequential=sequential, progress=progress)
     return decided | _decide_lookups(run, [s for s in run.lookups if s.name not in decided], {})
@@ -175,6 +169,7 @@ def _decide_groups(
             on_start |= _replacements(run.model, group.sites, decided) if sequential else {}
     todo = [group for group, decisions in found.items() if decisions is None]
     round_size = 1 if sequential else run.processes.size
+    columns = run.sensitivities() if todo else {}
     waiting: list[Group] = []
     problems: dict[Group, Statistics] = {}
 
@@ -183,7 +178,7 @@ def _decide_groups(
         statistics = run.statistics(inputs, owner=len(waiting))
         waiting.append(group)
         if statistics is not None:
-            problems[group] = statistics
+            problems[group] = statistics.with_sensitivity() if group in columns else statistics
         return finish_round() if len(waiting) == round_size else {}
 
     def finish_round() -> Replacements:
@@ -205,7 +200,7 @@ def _decide_groups(
         return sum(run.model.get_parameter(site.name).numel() for site in group.sites)
 
     with Progress(sum(map(cost, todo)), len(todo), show=progress) as bar:
-        run.calibrate(todo, on_group, on_start, run.sensitivities)
+        run.calibrate(todo, on_group, on_start, columns)
         finish_round()
 
 
@@ -218,9 +213,6 @@ def _decide_group(
     run: _Run, group: Group, statistics: Statistics, decided: Mapping[str, SiteQParams]
 ) -> dict[str, SiteQParams]:
     weights = {site.name: oriented(run.model, site) for site in group.sites}
-    if group in run.sensitivities:
-        rest, sensitivity = statistics.last_column_taken()
-        statistics = replace(rest, sensitivity=sensitivity)
     problem = GroupProblem(
         weights,
         statistics,

@@ -158,6 +158,11 @@ class Statistics:
         rest = self.sample[:, :-1].contiguous()
         return replace(self, absmax=self.absmax[:-1], sample=rest), column
 
+    def with_sensitivity(self) -> Statistics:
+        """The last channel taken as ``sensitivity``."""
+        rest, column = self.last_column_taken()
+        return replace(rest, sensitivity=column)
+
 
 @dataclass(frozen=True)
 class WeightQParams:

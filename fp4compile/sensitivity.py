@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fp4compile.batches import Batch
+from fp4compile.batches import Batch, token_mask
 from fp4compile.errors import UnsupportedOperationError
 from fp4compile.heads import is_head
 from fp4compile.passes.plan import oriented
@@ -128,7 +128,7 @@ class _Gradients(fx.Interpreter):
     def backward(self, batch: Batch, heads: set[int], generator: torch.Generator) -> None:
         """Run ``batch`` forth and back."""
         leaves = pytree.tree_leaves((tuple(batch[0]), dict(batch[1])))
-        mask = batch[1].get("attention_mask")
+        mask = token_mask(batch)
         try:
             outputs = [y for y in pytree.tree_leaves(self.run(*leaves)) if isinstance(y, Tensor)]
             output = next(y for y in outputs if y.requires_grad)
@@ -141,7 +141,9 @@ class _Gradients(fx.Interpreter):
             ) from error
 
 
-def _surprise(output: Tensor, are_logits: bool, mask: Any, generator: torch.Generator) -> Tensor:
+def _surprise(
+    output: Tensor, are_logits: bool, mask: Tensor | None, generator: torch.Generator
+) -> Tensor:
     """Minus the log-likelihood of labels drawn for ``output``; of features, their sum with random
     signs, whose squared gradient is that of all features on average.
     """
@@ -154,8 +156,8 @@ def _surprise(output: Tensor, are_logits: bool, mask: Any, generator: torch.Gene
     else:
         signs = torch.randint(0, 2, y.shape, generator=generator, device="cpu") * 2 - 1
         each = y * signs.to(y.device)
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == each.shape[:2]:
-        each = each[mask.bool()]
+    if mask is not None and mask.shape == each.shape[:2]:
+        each = each[mask]
     return each.sum()
 
 
