@@ -64,7 +64,7 @@ def measure(model: nn.Module, ids: Tensor, bits: int, tokens: int) -> Iterator[B
     kinds = [ALL, *dict.fromkeys(name.rpartition(".")[2] for name in names)]
     for kind in kinds:
         chosen = {n: r for n, r in found.items() if kind in (ALL, n.rpartition(".")[2])}
-        with _rounded({linears[name]: rounding for name, rounding in chosen.items()}):
+        with _hooked({linears[name]: rounding.replace_input for name, rounding in chosen.items()}):
             yield BoundResult(bits, kind, *score())
 
 
@@ -75,12 +75,8 @@ def _inputs(linears: dict[str, nn.Module], run_model: Callable[[], Any]) -> dict
     def keep(name: str) -> Callable[..., None]:
         return lambda _, args: seen[name].append(args[0].flatten(0, -2).to(torch.float32))
 
-    handles = [module.register_forward_pre_hook(keep(name)) for name, module in linears.items()]
-    try:
+    with _hooked({module: keep(name) for name, module in linears.items()}):
         run_model()
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
@@ -99,6 +95,10 @@ class _Rounding:
             result = torch.where(self.index == number, rounded, result)
         return result
 
+    def replace_input(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A forward pre-hook."""
+        return (self(args[0]), *args[1:])
+
 
 def _best(x: Tensor, bits: int) -> _Rounding:
     """Of least squared error for every channel of ``x`` ``[tokens, K]``."""
@@ -112,13 +112,9 @@ def _best(x: Tensor, bits: int) -> _Rounding:
 
 
 @contextmanager
-def _rounded(roundings: dict[nn.Module, _Rounding]) -> Iterator[None]:
-    """Inside, the inputs of these modules are rounded."""
-
-    def pre(rounding: _Rounding) -> Callable[..., Any]:
-        return lambda _, args: (rounding(args[0]), *args[1:])
-
-    handles = [m.register_forward_pre_hook(pre(each)) for m, each in roundings.items()]
+def _hooked(hooks: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these see the inputs of their modules, and may replace them."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
     try:
         yield
     finally:

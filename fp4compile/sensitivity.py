@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from fp4compile.batches import Batch, token_mask
 from fp4compile.errors import UnsupportedOperationError
 from fp4compile.heads import is_head
-from fp4compile.passes.plan import oriented
 from fp4compile.trace import Graph, Group
 
 logger = logging.getLogger(__name__)
@@ -45,12 +44,10 @@ def sensitivities(
     """
     groups = [g for g in graph.groups if len(g.inputs) == 1 and not g.patch and g.offsets is None]
     found: dict[str, list[Tensor]] = {site.name: [] for g in groups for site in g.sites}
-    shapes = [oriented(model, site).shape for site in graph.sites]
-    heads = {
-        int(shape[-2])
-        for site, shape in zip(graph.sites, shapes, strict=True)
-        if is_head(site, *shape[-2:])
-    }
+    # Without a copy of any weight.
+    shapes = {site: model.get_parameter(site.name).shape[-2:] for g in groups for site in g.sites}
+    sizes = {site: shape[::-1] if site.transposed else shape for site, shape in shapes.items()}
+    heads = {int(size[0]) for site, size in sizes.items() if is_head(site, *size)}
     with _without_gradients(model), torch.enable_grad():
         for number, batch in batches:
             generator = torch.Generator().manual_seed(number)
