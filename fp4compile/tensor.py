@@ -165,7 +165,7 @@ class FP4Tensor(PackedWeight):
 
     @property
     def operand_facts(self) -> tuple[str, Tensor | None, Tensor | None, int]:
-        """What ``fp4::linear`` may know of the operand, from ``operand_format`` on."""
+        """What ``fp4::linear`` and its like may know of the operand, from ``operand_format`` on."""
         return (
             self.activation_format or "",
             self.activation_scale if self.granularity == "block" else None,
@@ -279,6 +279,7 @@ class FP4Tensor(PackedWeight):
             x.dtype,
             self.block_scale,
             self.block_size,
+            *self.operand_facts,
         )
 
     def operand_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -24,7 +24,13 @@ from fp4compile.lowering.config import config
 from fp4compile.lowering.inductor import contiguous
 from fp4compile.lowering.inductor_pointwise import converted_operand, decoded_weight
 from fp4compile.lowering.problem import GemmProblem
-from fp4compile.lowering.targets.triton_gemm import Tile, TritonTarget, float_type, row_class
+from fp4compile.lowering.targets.triton_gemm import (
+    Tile,
+    TritonTarget,
+    float_type,
+    row_class,
+    rows_of_each,
+)
 
 
 def architecture(device: torch.device | int) -> str:
@@ -47,6 +53,15 @@ def _split_grid(
     return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), parts, 1)
 
 
+@SymbolicGridFn
+def _stack_grid(
+    m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any, min: Any
+) -> tuple[Any, Any, Any]:
+    # Of every expert one tile may be partly empty, but none is without a row.
+    tiles = min(m, cdiv(m, meta["BLOCK_M"]) + meta["EXPERTS"])
+    return (tiles * cdiv(n, meta["BLOCK_N"]), 1, 1)
+
+
 @cache
 def _template(name: str, source: str, grid: Any) -> TritonTemplate:
     # Inductor wants a name of its own for every text.
@@ -67,7 +82,7 @@ def gemm(
     its own are called ``packed_weight_1`` and so on.
     """
     rows = inputs["operand"].get_size()[0]
-    expected_rows = _expected(rows)
+    expected_rows = rows_of_each(problem, _expected(rows))
     target = target.for_rows(problem, expected_rows)
     asked = str(problem)
     problem, inputs = _as_read(target, problem, inputs, siblings)
@@ -177,7 +192,7 @@ def _call(
 ) -> Any:
     marker = json.dumps({"kernel": target.name, "problem": asked})
     names = f"{{%- set INPUTS = {list(inputs)!r} %}}\n# fp4compile {marker}\n"
-    grid = _grid if tile.split_k == 1 else _split_grid
+    grid = _stack_grid if problem.experts else _grid if tile.split_k == 1 else _split_grid
     template = _template(f"fp4_{target.name}", names + target.source(problem, siblings), grid)
     choices: list[Any] = []
     declined = template.maybe_append_choice(
@@ -192,6 +207,7 @@ def _call(
         GROUP_M=tile.group_m,
         SPLIT_K=tile.split_k,
         SLICES=tile.slices,
+        EXPERTS=problem.experts,
         DECODE_PTX=config.gpu_assembly and torch.version.hip is None,
     )
     if declined is not None:

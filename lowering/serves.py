@@ -30,6 +30,7 @@ KINDS: MappingProxyType[str, dict[str, object]] = MappingProxyType(
         "w4a4": {},
         "w4a4, scale per token": {"operand_scale": "token"},
         "w4a4, best (blocks of 32)": _BLOCKS,
+        "w4a4, stack of experts": {"experts": 8},
         "w4a8": {"operand_format": "e1m6"},
         "w4a8 in e4m3": {"operand_dtype": torch.bfloat16, "operand_format": "e4m3"},
         "w4a16 in bfloat16": {**_NO_SCALE, "operand_dtype": torch.bfloat16},

@@ -19,6 +19,10 @@ def grouped_linear(
     out_dtype: torch.dtype,
     block_scale: Tensor | None = None,
     block_size: int = 0,
+    operand_format: str = "",
+    operand_outer: Tensor | None = None,
+    operand_shift: Tensor | None = None,
+    shift_block: int = 0,
 ) -> Tensor:
     """``fp4::linear`` of rows ``offsets[e - 1]`` to ``offsets[e]`` with the e-th weight.
 
@@ -28,8 +32,9 @@ def grouped_linear(
         packed_weight: uint8 ``[E, N, packed_size(K)]``.
         weight_scale: float32 ``[E, N]``; ``[E, 1, 1]``, outer scales, with block scales.
         offsets: int32 or int64 ``[E]``, not falling.
-        weight_format, out_dtype, block_size: as in ``fp4::linear``.
         block_scale: uint8 ``[E, N, blocks]`` or None.
+        weight_format, out_dtype, block_size, operand_format, operand_outer, operand_shift,
+            shift_block: as in ``fp4::linear``.
 
     Returns:
         ``[S, N]`` in ``out_dtype``; rows beyond ``offsets[-1]`` are zero.
@@ -68,5 +73,9 @@ def _(
     out_dtype: torch.dtype,
     block_scale: Tensor | None = None,
     block_size: int = 0,
+    operand_format: str = "",
+    operand_outer: Tensor | None = None,
+    operand_shift: Tensor | None = None,
+    shift_block: int = 0,
 ) -> Tensor:
     return operand.new_empty((operand.shape[0], packed_weight.shape[1]), dtype=out_dtype)

@@ -6,23 +6,13 @@ from typing import Any
 
 import torch
 
-from fp4compile.kernels import REFERENCE, KernelChoice
-from fp4compile.lowering import inductor
-from fp4compile.lowering.choice import choose, record
-from fp4compile.lowering.ops.gemm import gemm_inputs, gemm_problem
-from fp4compile.lowering.problem import GemmProblem
-from fp4compile.lowering.targets import CPU_TARGETS
+from fp4compile.lowering import inductor, inductor_gpu
+from fp4compile.lowering.choice import choose
+from fp4compile.lowering.ops.gemm import gemm_inputs, gemm_problem, operand_facts
+from fp4compile.lowering.targets import TritonTarget, targets_of
 
 _OP = torch.ops.fp4.grouped_linear.default
 _reference = inductor.eager_reference(_OP)
-
-
-def choose_for_stack(problem: GemmProblem) -> tuple[Any, KernelChoice]:
-    """As ``choose``, for a stack of experts."""
-    if problem.device != "cpu":
-        reason = "no target of this device has a kernel for stacks of experts"
-        return None, record(problem, REFERENCE, [reason])
-    return choose(problem, CPU_TARGETS)
 
 
 @inductor.register(_OP)
@@ -36,6 +26,10 @@ def grouped_linear(
     out_dtype: torch.dtype,
     block_scale: Any = None,
     block_size: int = 0,
+    operand_format: str = "",
+    operand_outer: Any = None,
+    operand_shift: Any = None,
+    shift_block: int = 0,
 ) -> Any:
     experts, rows, _ = (inductor.static_int(size) for size in packed_weight.get_size())
     problem = gemm_problem(
@@ -47,8 +41,11 @@ def grouped_linear(
         out_dtype,
         block_size,
         experts=experts,
+        operand_format=operand_format,
+        operand_shift=operand_shift,
+        shift_block=shift_block,
     )
-    target, _ = choose_for_stack(problem)
+    target, _ = choose(problem, targets_of(problem.device))
     if target is None:
         return _reference(
             operand,
@@ -60,7 +57,14 @@ def grouped_linear(
             out_dtype,
             block_scale,
             block_size,
+            operand_format,
+            operand_outer,
+            operand_shift,
+            shift_block,
         )
     inputs = gemm_inputs(operand, operand_scale, packed_weight, weight_scale, block_scale)
-    inputs["offsets"] = inductor.as_vector(offsets)
+    inputs["expert_ends"] = inductor.as_vector(offsets)
+    if isinstance(target, TritonTarget):
+        inputs |= operand_facts(target.reads(problem), operand_outer, operand_shift)
+        return inductor_gpu.gemm(target, problem, inputs, operand.get_size()[:-1])
     return inductor.grouped_gemm(f"fp4_{target.name}", target.source(problem), problem, inputs)

@@ -10,7 +10,6 @@ from fp4compile.kernels import KernelChoice
 from fp4compile.lowering import inductor, inductor_gpu
 from fp4compile.lowering.choice import choose, log
 from fp4compile.lowering.ops.gemm import gemm_inputs, gemm_problem, operand_facts, place
-from fp4compile.lowering.ops.grouped_linear import choose_for_stack
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets import TritonTarget, targets_of
 from fp4compile.ops.quantize_activation import operand_dtype
@@ -110,4 +109,4 @@ def kernel_for(weight: FP4Tensor, bias: bool) -> KernelChoice:
         shift_block=weight.operand_shift_block,
         experts=stack[0] if stack else 0,
     )
-    return (choose_for_stack(problem) if stack else choose(problem, targets_of(problem.device)))[1]
+    return choose(problem, targets_of(problem.device))[1]

@@ -27,6 +27,11 @@ MANY_ROWS = 4096
 HOPPER = 90
 
 
+def rows_of_each(problem: GemmProblem, rows: int) -> int:
+    """How many of ``rows`` a weight gets, if experts of a stack are taken equally often."""
+    return -(-rows // problem.experts) if problem.experts else rows
+
+
 def row_class(is_at_most: Callable[[int], bool]) -> int:
     """The most rows of the class of a number of rows, of which ``is_at_most`` tells."""
     return next((most for most in ROW_CLASSES if is_at_most(most)), MANY_ROWS)
@@ -73,7 +78,10 @@ class TritonTarget:
     def for_rows(self, problem: GemmProblem, rows: int) -> TritonTarget:
         """The family whose kernel computes ``rows`` rows of ``problem``."""
         few = self.few_rows
-        if few is None or rows > few.most_rows or few.declines(problem):
+        if few is None or few.declines(problem):
+            return self
+        # A stack is not decoded as a whole: the most of its weights may have no row.
+        if rows > few.most_rows and not (self.decoded and problem.experts):
             return self
         return few.for_rows(problem, rows)
 
@@ -97,6 +105,8 @@ class TritonTarget:
             "BYTES": problem.row_bytes,
             "OPERAND_SCALE": problem.operand_scale or "",
             "BIAS": problem.bias,
+            # One more than experts at least: see rows_of_expert.
+            "LANES": 1 << problem.experts.bit_length(),
             "BLOCK_SCALES": problem.block_size > 0,
             "OPERAND_FACTOR": 1.0,
             "UNIT": 1.0,
@@ -141,7 +151,10 @@ def splits(problem: GemmProblem, block_n: int, block_k: int) -> int:
     """In how many parts to divide K so that a grid of one row of tiles keeps the GPU busy.
 
     A part has two steps at least; Inductor unrolls the sum of 8 parts at most into its reader.
+    Experts are busy enough, each with its rows.
     """
+    if problem.experts:
+        return 1
     programs = -(-problem.N // block_n)
     split = 1
     while split < 8 and programs * split < MULTIPROCESSORS and 4 * split * block_k <= problem.K:

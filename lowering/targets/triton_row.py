@@ -24,6 +24,8 @@ def _declines(problem: GemmProblem) -> str | None:
         return "dp4a is NVIDIA's assembly"
     if problem.route != INT8:
         return "the operand is not int8"
+    if problem.experts:
+        return "experts have rows of their own"
     if problem.K % (problem.block_size or WORD_CODES):
         return f"K={problem.K} is no whole number of {problem.block_size or WORD_CODES} codes"
     return None

@@ -38,6 +38,8 @@ def _declines(problem: GemmProblem) -> str | None:
         return f"{problem.architecture} does not multiply 4-bit floats"
     if problem.weight_format != E2M1:
         return f"{problem.weight_format} is not e2m1, the 4-bit format of the hardware"
+    if problem.experts:
+        return "a stack of experts has tiles of its own"
     if problem.block_size:
         return _declines_blocks(problem)
     if _is_fp4(problem):
