@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,12 +116,9 @@ class _Gradients(fx.Interpreter):
         if n in self._inputs and not value.requires_grad:
             value = value.detach().requires_grad_()  # here gradients begin
         if n in self._sites and value.requires_grad:
-            name = self._sites[n]
-            value.register_hook(lambda gradient: self._add(name, gradient))
+            # A hook that held this interpreter, and with it the outputs, would never be freed.
+            value.register_hook(partial(_add, self.squares, self._sites[n]))
         return value
-
-    def _add(self, name: str, gradient: Tensor) -> None:
-        self.squares[name] = gradient.to(torch.float32).square().mean(dim=-1)
 
     def backward(self, batch: Batch, heads: set[int], generator: torch.Generator) -> None:
         """Run ``batch`` forth and back."""
@@ -136,6 +134,10 @@ class _Gradients(fx.Interpreter):
                 f"the model's outputs have no gradient: {reason}; token_weights='gradient' needs "
                 "one, use token_weights='power'"
             ) from error
+
+
+def _add(squares: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    squares[name] = gradient.to(torch.float32).square().mean(dim=-1)
 
 
 def _surprise(

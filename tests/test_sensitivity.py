@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
 from models import tiny_llama, tokens
-from torch import nn
+from torch import fx, nn
 
 import fp4compile
 from fp4compile.calibrate import run_calibration
@@ -55,6 +56,13 @@ def expected(model: Two, x: torch.Tensor, number: int) -> dict[str, torch.Tensor
             last = torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1
         first = (last @ model.last.weight) * (hidden > 0)
     return {"first.weight": first.square().mean(-1), "last.weight": last.square().mean(-1)}
+
+
+def test_nothing_of_a_sample_outlives_it():
+    found(Two(24), [X])
+    gc.collect()
+    # Each would hold the outputs of its sample.
+    assert not [x for x in gc.get_objects() if isinstance(x, fx.Interpreter)]
 
 
 @pytest.mark.parametrize("outputs", [4, 24], ids=["features", "logits"])
