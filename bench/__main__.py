@@ -165,6 +165,7 @@ def accuracy(
         errors = ", ".join(f"{kind} {error:.4f}" for kind, error in result.layer_errors.items())
         typer.echo(
             f"{result.name:<42}{result.perplexity:9.2f}  {result.bits_per_weight:5.2f} bits"
+            f"  KL {1e3 * result.divergence:.1f} ± {1e3 * result.divergence_error:.1f} millinats"
             f"{result.seconds:7.0f} s  peak {result.peak_bytes / 2**30:.2f} GiB  {errors}"
         )
         for name, metrics in result.tasks.items():

@@ -20,12 +20,14 @@ import fp4compile
 from bench.process import peak_bytes, run_module
 from fp4compile.batches import bundled
 from fp4compile.demo_model import load_demo_model
-from fp4compile.evaluate import perplexity
+from fp4compile.evaluate import divergence, perplexity
 from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.search import SearchOptions
 from fp4compile.tasks import run_tasks
 
 TOKENS = 8176
+# Of these so many are compared with full precision, which has its error told.
+DIVERGENCE_TOKENS = 4088
 # The plain error of the calibration tokens, all alike.
 EQUAL_TOKENS = SearchOptions(
     sink_power=float("inf"), weight_sink_power=float("inf"), unseen=0.0, moment_shrinkage=0.0
@@ -38,6 +40,7 @@ PAPER = replace(
     format_margin=0.0,
     balance=False,
 )
+GRADIENT = SearchOptions(token_weights="gradient")
 NEAREST = SearchOptions(rounding="nearest")
 # How the paper's code was run on this model: 2 sequences of 128 tokens of the calibration text.
 REFERENCE_SEQUENCES, REFERENCE_LENGTH = 2, 128
@@ -120,6 +123,8 @@ CONFIGURATIONS: dict[str, Configuration] = {
         _per_channel_weights("w4a4-token"), "best"
     ),
     "w4a8 best": Configuration(_spec("w4a8"), "best"),
+    "w4a4 best, tokens by gradient": Configuration(_spec("w4a4"), "best", GRADIENT),
+    "w4a8 best, tokens by gradient": Configuration(_spec("w4a8"), "best", GRADIENT),
     "w4a16 best": Configuration(_spec("w4a16"), "best"),
     "w6a6 best": Configuration(_spec("w6a6"), "best"),
 }
@@ -127,15 +132,18 @@ CONFIGURATIONS: dict[str, Configuration] = {
 
 @dataclass(frozen=True)
 class AccuracyResult:
-    """``layer_errors``: median relative output error by the last module name of the weight.
-    ``peak_bytes`` of the process until the model was quantized, of which ``model_bytes`` is the
-    model in float32. ``tasks``: what lm-eval scored, by task and metric. ``layers``: the decoder
-    layers that were quantized, where not the whole model was.
+    """``divergence``: of the next token's probabilities from those of full precision, in nats, and
+    its standard error. ``layer_errors``: median relative output error by the last module name of
+    the weight. ``peak_bytes`` of the process until the model was quantized, of which
+    ``model_bytes`` is the model in float32. ``tasks``: what lm-eval scored, by task and metric.
+    ``layers``: the decoder layers that were quantized, where not the whole model was.
     """
 
     name: str
     perplexity: float
     tokens: int
+    divergence: float
+    divergence_error: float
     bits_per_weight: float
     seconds: float
     peak_bytes: int
@@ -190,11 +198,16 @@ def measure(name: str, scoring: Scoring, layers: Sequence[int] = ()) -> Accuracy
     peak = peak_bytes()
     ids = tokenizer(bundled("heldout.txt"), add_special_tokens=False, return_tensors="pt").input_ids
     result = perplexity(model, ids, max_tokens=scoring.tokens, progress=True)
+    full_precision, _ = load_demo_model(None, torch.float32)
+    compared = min(scoring.tokens, DIVERGENCE_TOKENS)
+    distance = divergence(model, full_precision, ids, max_tokens=compared, progress=True)
     report: Any = getattr(model, "fp4_report", None)
     return AccuracyResult(
         name,
         result.perplexity,
         result.tokens,
+        distance.divergence,
+        distance.standard_error,
         16.0 if report is None else report.bits_per_weight,
         seconds,
         peak,

@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity on a text, generation speed, and size."""
+"""What a model is worth: perplexity on a text, distance from another model, speed and size."""
 
 from __future__ import annotations
 
@@ -56,15 +56,72 @@ def perplexity(
     Raises:
         EvaluationError: there is not one whole window to score.
     """
-    flat = token_ids.reshape(-1)
-    count = _window_count(flat.numel(), window, max_tokens)
-    windows = flat[: count * window].view(count, window)
-    device = next(model.parameters()).device
+    windows = _windows(token_ids, window, max_tokens)
     nll = 0.0
     for ids in tqdm(windows, desc="perplexity", unit="window", disable=not progress):
-        nll += _window_nll(model, ids[None].to(device), new_cache)
-    tokens = count * (window - 1)
+        logits = _window_logits(model, ids, new_cache)
+        nll += F.cross_entropy(logits, ids[1:].to(logits.device), reduction="sum").item()
+    tokens = len(windows) * (window - 1)
     return PerplexityResult(_exp(nll / tokens), tokens, nll)
+
+
+@dataclass(frozen=True)
+class DivergenceResult:
+    """How far a model's probabilities of the next token are from a reference's: ``divergence`` is
+    the mean over ``tokens`` of the Kullback-Leibler divergence KL(reference || model) in nats,
+    ``standard_error`` that of the mean if tokens were independent, ``agreement`` the share of
+    tokens where both find the same token likeliest.
+    """
+
+    divergence: float
+    standard_error: float
+    agreement: float
+    tokens: int
+
+
+@torch.no_grad()
+def divergence(
+    model: nn.Module,
+    reference: nn.Module,
+    token_ids: Tensor,
+    *,
+    window: int = 512,
+    max_tokens: int | None = None,
+    progress: bool = False,
+    new_cache: Callable[[], Any] | None = None,
+) -> DivergenceResult:
+    """How far ``model`` is from ``reference``, usually the model before it was quantized, on one
+    long text. It tells differences that are chance in perplexity, where errors that happen to
+    raise the probability of the text's own tokens count as gains.
+
+    Args: as those of :func:`perplexity`; ``new_cache`` is for ``model``.
+
+    Raises:
+        EvaluationError: there is not one whole window, or the vocabularies differ in size.
+    """
+    found, same = [], 0
+    windows = _windows(token_ids, window, max_tokens)
+    for ids in tqdm(windows, desc="divergence", unit="window", disable=not progress):
+        wanted = _window_logits(reference, ids).cpu()
+        logits = _window_logits(model, ids, new_cache).cpu()
+        if logits.shape != wanted.shape:
+            raise EvaluationError(
+                f"the model tells {logits.shape[-1]} tokens apart, the reference "
+                f"{wanted.shape[-1]}; compare models of one vocabulary"
+            )
+        log_p, log_q = wanted.log_softmax(-1), logits.log_softmax(-1)
+        found.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
+        same += int((wanted.argmax(-1) == logits.argmax(-1)).sum())
+    each = torch.cat(found).to(torch.float64)
+    error = each.std(correction=0).item() / math.sqrt(len(each))
+    return DivergenceResult(each.mean().item(), error, same / len(each), len(each))
+
+
+def _windows(token_ids: Tensor, window: int, max_tokens: int | None) -> Tensor:
+    """``[windows, window]`` of the text's tokens."""
+    flat = token_ids.reshape(-1)
+    count = _window_count(flat.numel(), window, max_tokens)
+    return flat[: count * window].view(count, window)
 
 
 def _window_count(tokens: int, window: int, max_tokens: int | None) -> int:
@@ -81,7 +138,11 @@ def _window_count(tokens: int, window: int, max_tokens: int | None) -> int:
     return count
 
 
-def _window_nll(model: nn.Module, ids: Tensor, new_cache: Callable[[], Any] | None = None) -> float:
+def _window_logits(
+    model: nn.Module, ids: Tensor, new_cache: Callable[[], Any] | None = None
+) -> Tensor:
+    """float32 ``[window - 1, vocabulary]``: of all tokens but the last, on the model's device."""
+    ids = ids[None].to(next(model.parameters()).device)
     if new_cache is None:
         logits = _logits(model(ids))
     else:
@@ -90,7 +151,7 @@ def _window_nll(model: nn.Module, ids: Tensor, new_cache: Callable[[], Any] | No
         logits = torch.cat(
             [_logits(model(part, past_key_values=cache)) for part in parts if part.numel()], dim=1
         )
-    return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
+    return logits[0, :-1].float()
 
 
 def _logits(output: Any) -> Tensor:

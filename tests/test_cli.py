@@ -87,15 +87,19 @@ def test_what_quantize_saves_is_what_the_recipe_makes(
 
 
 def test_eval_of_the_quantized_model(
-    command: Command, quantized: Path, text: Path, tmp_path: Path, capsys: Any
+    command: Command, plain: Path, quantized: Path, text: Path, tmp_path: Path, capsys: Any
 ) -> None:
     target = tmp_path / "result.json"
-    options = ("--data", text, "--window", 32, "--tokens", 62, "--json", target)
+    options = ("--data", text, "--window", 32, "--tokens", 62, "--reference", plain)
+    options += ("--json", target)
     assert command("eval", quantized, *options) == 0
     result = json.loads(target.read_text())
     assert result["tokens"] == 62
     assert result["perplexity"] > 1
-    assert f"{result['perplexity']:.2f}" in capsys.readouterr().out
+    assert 0 < result["divergence"] < 1
+    printed = capsys.readouterr().out
+    assert f"{result['perplexity']:.2f}" in printed
+    assert f"{result['divergence']:.4f}" in printed
 
 
 def test_a_cache_of_codes_changes_what_is_scored_and_said(
@@ -176,6 +180,7 @@ def test_chat_answers_until_the_questions_end(
         (("eval", "PLAIN", "--dtype", "int3"), "unknown dtype 'int3'"),
         (("eval", "PLAIN", "--data", "TEXT", "--cache-bits", "5"), "no format has 5 bits"),
         (("eval", "PLAIN", "--data", "TEXT", "--tokens", "1"), "hold no whole window"),
+        (("eval", "PLAIN", "--task", "x", "--reference", "PLAIN"), "leave one of them out"),
         (("inspect", "TEXT"), "there is no directory"),
         (("demo", "--preset", "w5a5"), "unknown spec 'w5a5'"),
     ],

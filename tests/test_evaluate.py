@@ -15,7 +15,13 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from fp4compile import evaluate
 from fp4compile.errors import EvaluationError
-from fp4compile.evaluate import ModelSize, measure_generation_speed, model_size, perplexity
+from fp4compile.evaluate import (
+    ModelSize,
+    divergence,
+    measure_generation_speed,
+    model_size,
+    perplexity,
+)
 
 VOCABULARY = 11
 
@@ -86,6 +92,32 @@ def test_a_hopeless_model_has_infinite_perplexity() -> None:
     table[:, 0] = 1e4
     ids = torch.ones(8, dtype=torch.long)
     assert perplexity(Bigram(table), ids, window=8).perplexity == math.inf
+
+
+def _table(seed: int) -> Tensor:
+    return torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+
+
+def test_divergence_is_that_of_each_tokens_distribution() -> None:
+    tables, ids = (_table(1), _table(2)), _random_ids(35)
+    p, q = (table.softmax(-1)[ids[[at for at in range(30) if at % 10 != 9]]] for table in tables)
+    each = (p * (p / q).log()).sum(-1)
+    found = divergence(Bigram(tables[1]), Bigram(tables[0]), ids, window=10)
+    assert found.tokens == 27
+    assert found.divergence == pytest.approx(each.mean().item(), rel=1e-4)
+    assert found.standard_error == pytest.approx(each.std().item() / 27**0.5, rel=0.03)
+    assert found.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+
+
+def test_a_model_does_not_diverge_from_itself() -> None:
+    found = divergence(Bigram(_table(1)), Bigram(_table(1)), _random_ids(20), window=10)
+    assert (found.divergence, found.agreement) == (pytest.approx(0, abs=1e-7), 1)
+
+
+def test_models_of_different_vocabularies_cannot_be_compared() -> None:
+    other = torch.zeros(VOCABULARY, VOCABULARY + 1)
+    with pytest.raises(EvaluationError, match="vocabulary"):
+        divergence(Bigram(_table(1)), Bigram(other), _random_ids(20), window=10)
 
 
 class Clock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -23,7 +22,8 @@ from fp4compile.commands.options import (
 )
 from fp4compile.commands.output import STDOUT, emit, table
 from fp4compile.compile import compile_model
-from fp4compile.evaluate import model_size, perplexity
+from fp4compile.errors import EvaluationError
+from fp4compile.evaluate import divergence, model_size, perplexity
 from fp4compile.tasks import run_tasks
 from fp4compile.texts import read_texts
 
@@ -35,6 +35,8 @@ EXAMPLES = """
   fp4compile eval out/smollm2 --data my_text.txt --tokens 4088 --json result.json
 
   fp4compile eval out/smollm2 --cache-bits 4
+
+  fp4compile eval out/smollm2 --reference demo
 
   fp4compile eval MODEL --data Salesforce/wikitext:wikitext-2-raw-v1:test
 
@@ -53,6 +55,13 @@ def command(
     ] = "heldout",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to score, in whole windows.")] = 8176,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Another model, as MODEL was before it was quantized: how far the probabilities "
+            "of the next token are from its own (KL divergence)."
+        ),
+    ] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="A task of lm-eval instead of a text; repeatable.")
     ] = None,
@@ -64,6 +73,11 @@ def command(
     json_path: JsonPath = None,
 ) -> None:
     """Perplexity of MODEL on a text, or its score in tasks of lm-eval."""
+    if task and reference:
+        raise EvaluationError(
+            "--reference compares models on a text, --task scores questions instead; "
+            "leave one of them out"
+        )
     texts = [] if task else read_texts(data)
     loaded = load(model, dtype_of(dtype))
     if compile_it:
@@ -75,7 +89,17 @@ def command(
         )
     else:
         quiet = json_path == STDOUT
-        scores = _perplexity(loaded, texts, tokens, window, new_cache, progress=not quiet)
+        ids = _token_ids(loaded, texts)
+        chosen: dict[str, Any] = {
+            "window": window,
+            "max_tokens": tokens,
+            "progress": not quiet,
+            "new_cache": new_cache,
+        }
+        scores = asdict(perplexity(loaded.model, ids, **chosen))
+        if reference:
+            other = load(reference, dtype_of(dtype)).model
+            scores |= asdict(divergence(loaded.model, other, ids, **chosen))
     size = model_size(loaded.model)
     result = {
         "model": model,
@@ -83,34 +107,19 @@ def command(
         "threads": torch.get_num_threads(),
         "bits_per_weight": size.bits_per_weight,
         "cache_bits": cache_bits,
+        **({"reference": reference} if reference else {}),
         **({"tasks": scores} if task else {"data": data, "window": window, **scores}),
     }
     emit(result, _table(result), json_path)
 
 
-def _perplexity(
-    loaded: Loaded,
-    texts: list[str],
-    tokens: int,
-    window: int,
-    new_cache: Callable[[], Any] | None,
-    *,
-    progress: bool,
-) -> dict[str, Any]:
+def _token_ids(loaded: Loaded, texts: list[str]) -> torch.Tensor:
     # Not verbose: the text is longer than the context, but it is cut into windows.
     encoded = loaded.needed_tokenizer()(
         "\n".join(texts), add_special_tokens=False, return_tensors="pt", verbose=False
     )
-    return asdict(
-        perplexity(
-            loaded.model,
-            encoded.input_ids,
-            window=window,
-            max_tokens=tokens,
-            progress=progress,
-            new_cache=new_cache,
-        )
-    )
+    found: torch.Tensor = encoded.input_ids
+    return found
 
 
 def _table(result: dict[str, Any]) -> Any:
@@ -124,6 +133,12 @@ def _table(result: dict[str, Any]) -> Any:
             made.add_row(f"{name}, {metric}", f"{value:.4f}")
     if "perplexity" in result:
         made.add_row("perplexity", f"{result['perplexity']:.2f}")
+        if "divergence" in result:
+            made.add_row(
+                f"KL divergence from {result['reference']}",
+                f"{result['divergence']:.4f} ± {result['standard_error']:.4f} nats",
+            )
+            made.add_row("same token likeliest", f"{result['agreement']:.1%}")
         made.add_row("tokens scored", f"{result['tokens']} of {result['data']}")
         made.add_row("window", str(result["window"]))
     return made
