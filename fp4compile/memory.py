@@ -18,9 +18,8 @@ from torch.utils import _pytree as pytree
 from fp4compile.batches import Batch
 from fp4compile.calibrate import segments
 from fp4compile.errors import MemoryLimitError
-from fp4compile.observers import SAMPLE_TOKENS
 from fp4compile.progress import estimated_seconds
-from fp4compile.qparams import QuantSpec
+from fp4compile.qparams import FEWEST_TOKENS, SAMPLE_TOKENS, QuantSpec
 from fp4compile.sensitivity import single_samples
 from fp4compile.trace import Graph, Group, Site
 from fp4compile.weights import ROWS
@@ -33,7 +32,6 @@ UNITS = {
     **{f"{prefix}iB": 1024**power for power, prefix in enumerate(("K", "M", "G", "T"), 1)},
 }
 DEFAULT_SHARE = 0.5
-FEWEST_TOKENS = 512
 
 # Peak of a group's search in float32 copies of its sample, its weights, the rows of a weight that
 # are searched at a time, and its second moment, and a fixed part (tables of candidate maxima).
@@ -89,10 +87,11 @@ def plan_memory(
     *,
     sequential: bool = False,
     gradients: bool = False,
+    sample_tokens: int = SAMPLE_TOKENS,
     processes: int = 1,
 ) -> MemoryPlan:
     """Divide ``max_memory`` (default: half of the available RAM, shared by the ``processes`` of
-    this machine) among sample, search and hidden states.
+    this machine) among a sample of at most ``sample_tokens``, search and hidden states.
 
     Raises:
         MemoryLimitError: not even the smallest sample fits; the message names what would do.
@@ -117,9 +116,9 @@ def plan_memory(
         observed = max((size.observed(sample_tokens) for size in sizes), default=0)
         return fixed + max(search, within + observed, largest)
 
-    sample_tokens = SAMPLE_TOKENS
+    wanted = sample_tokens
     while sample_tokens > FEWEST_TOKENS and needed(sample_tokens) > limit:
-        sample_tokens //= 2
+        sample_tokens = max(sample_tokens // 2, FEWEST_TOKENS)
     least = needed(sample_tokens)
     if least > limit:
         raise MemoryLimitError(
@@ -132,23 +131,24 @@ def plan_memory(
         (min(sample_tokens, size.tokens) * size.channels, size.weights) for size in sizes
     )
     tokens = max((size.tokens for size in sizes), default=0)
-    _tell(plan, len(graph.groups), tokens, seconds / processes)
+    _tell(plan, wanted, len(graph.groups), tokens, seconds / processes)
     return plan
 
 
-def _tell(plan: MemoryPlan, groups: int, tokens: int, seconds: float) -> None:
-    if plan.sample_tokens < min(SAMPLE_TOKENS, tokens):
+def _tell(plan: MemoryPlan, wanted: int, groups: int, tokens: int, seconds: float) -> None:
+    if plan.sample_tokens < min(wanted, tokens):
         logger.warning(
             "max_memory: the search gets a sample of %d tokens instead of %d, which costs some "
             "accuracy; give more memory to keep all",
             plan.sample_tokens,
-            min(SAMPLE_TOKENS, tokens),
+            min(wanted, tokens),
         )
     logger.info(
-        "calibration: %d groups of weights, %d tokens; very roughly %.0f s on this machine; about "
-        "%.0f MiB of at most %.0f MiB%s",
+        "calibration: %d groups of weights, %d tokens, of which %d decide; very roughly %.0f s on "
+        "this machine; about %.0f MiB of at most %.0f MiB%s",
         groups,
         tokens,
+        min(tokens, plan.sample_tokens),
         seconds,
         plan.peak / MIB,
         plan.limit / MIB,

@@ -132,6 +132,7 @@ def decide(
         max_memory,
         sequential=sequential,
         gradients=search.token_weights == "gradient",
+        sample_tokens=search.sample_tokens,
         processes=processes.size,
     )
     # The sample must fit every process.

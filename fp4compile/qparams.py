@@ -21,6 +21,10 @@ from fp4compile.formats import FloatFormat, by_name, of_width
 
 GRANULARITIES = ("channel", "tensor", "token", "block")
 BLOCK_SIZES = (16, 32, 64, 128)
+# Of statistics: all tokens of the default calibration, a sample of longer ones.
+SAMPLE_TOKENS = 8192
+# With less a search would fit chance.
+FEWEST_TOKENS = 512
 
 
 @dataclass(frozen=True)

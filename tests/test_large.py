@@ -132,6 +132,10 @@ def test_the_smallest_limit_that_an_error_names_works(caplog):
     assert f"at most {needed.removesuffix('MiB')} MiB" in caplog.text
     assert plan_memory(model, graph, batches, spec, "8GiB").sample_tokens == 8192
     assert plan_memory(model, graph, batches, spec).limit > 0
+    # A sample of its own size, down to the fewest.
+    for sample, limit, planned in ((20000, "8GiB", 20000), (700, needed, 512)):
+        plan = plan_memory(model, graph, batches, spec, limit, sample_tokens=sample)
+        assert plan.sample_tokens == planned
 
 
 # Observers

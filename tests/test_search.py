@@ -171,7 +171,9 @@ def test_a_wider_margin_prefers_a_format_of_the_int8_route():
     assert fast["w"].activation.format == "e1m6"
 
 
-@pytest.mark.parametrize("wrong", [{"rounding": "up"}, {"shift_choice": "mean"}, {"rounds": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"rounding": "up"}, {"shift_choice": "mean"}, {"rounds": 0}, {"sample_tokens": 8}]
+)
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(SpecError):
         SearchOptions(**wrong)

@@ -24,9 +24,9 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from torchao.quantization.quant_primitives import MappingType
 
 from fp4compile.errors import CalibrationDataError, SelectionError
-from fp4compile.observers import SAMPLE_TOKENS, ActivationObserver
+from fp4compile.observers import ActivationObserver
 from fp4compile.passes.swap_weights import fp4_weight
-from fp4compile.qparams import QuantSpec
+from fp4compile.qparams import SAMPLE_TOKENS, QuantSpec
 from fp4compile.search import GroupProblem, by_method
 from fp4compile.selection import as_spec
 

@@ -11,10 +11,7 @@ from torch import Tensor
 from fp4compile.observers.absmax import AbsMaxObserver
 from fp4compile.observers.sample import SampleObserver
 from fp4compile.observers.second_moment import SecondMomentObserver
-from fp4compile.qparams import Statistics
-
-# All tokens of the default calibration; a sample of longer ones.
-SAMPLE_TOKENS = 8192
+from fp4compile.qparams import SAMPLE_TOKENS, Statistics
 
 
 class ActivationObserver:

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from fp4compile.errors import SpecError
-from fp4compile.qparams import QuantSpec, Statistics, WeightQParams
+from fp4compile.qparams import (
+    FEWEST_TOKENS,
+    SAMPLE_TOKENS,
+    QuantSpec,
+    Statistics,
+    WeightQParams,
+)
 
 ROUNDINGS = ("compensated", "nearest")
 SHIFT_CHOICES = ("error", "maximum")
@@ -49,6 +55,9 @@ class SearchOptions:
     ``token_weights``: ``"gradient"`` counts tokens, in the second moment that weights are rounded
     by, by how much errors there move the model's outputs (Fisher information), for which every
     sample is run forth and back once; ``"power"`` as ``weight_sink_power`` says.
+
+    ``sample_tokens``: of all calibration tokens so many decide, drawn at random; fewer where
+    ``max_memory`` is less. Memory and time of the search grow with them.
     """
 
     rounding: str = "compensated"
@@ -64,6 +73,7 @@ class SearchOptions:
     balance: bool = True
     tie_shifts: bool = False
     token_weights: str = "power"
+    sample_tokens: int = SAMPLE_TOKENS
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
@@ -76,6 +86,10 @@ class SearchOptions:
             *(self.sink_power, self.weight_sink_power, self.unseen, self.moment_shrinkage),
             *(self.lookup_weight, self.format_margin),
         )
+        if self.sample_tokens < FEWEST_TOKENS:
+            raise SpecError(
+                f"sample_tokens={self.sample_tokens} decide nothing; give {FEWEST_TOKENS} or more"
+            )
         if self.rounds < 1 or min(amounts) < 0:
             raise SpecError(f"rounds must be at least 1 and the rest not negative, got {self}")
 
