@@ -24,6 +24,7 @@ from fp4compile.evaluate import divergence, perplexity
 from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.search import SearchOptions
 from fp4compile.tasks import run_tasks
+from fp4compile.texts import text_ids
 
 TOKENS = 8176
 # Of these so many are compared with full precision, which has its error told.
@@ -196,7 +197,7 @@ def measure(name: str, scoring: Scoring, layers: Sequence[int] = ()) -> Accuracy
         )
     seconds = time.perf_counter() - start
     peak = peak_bytes()
-    ids = tokenizer(bundled("heldout.txt"), add_special_tokens=False, return_tensors="pt").input_ids
+    ids = text_ids(tokenizer, bundled("heldout.txt"))
     result = perplexity(model, ids, max_tokens=scoring.tokens, progress=True)
     full_precision, _ = load_demo_model(None, torch.float32)
     compared = min(scoring.tokens, DIVERGENCE_TOKENS)
@@ -226,9 +227,7 @@ def _scores(model: Any, tokenizer: Any, scoring: Scoring) -> dict[str, dict[str,
 
 
 def _reference_inputs(tokenizer: Any) -> list[torch.Tensor]:
-    ids = tokenizer(
-        bundled("calibration.txt"), add_special_tokens=False, return_tensors="pt"
-    ).input_ids
+    ids = text_ids(tokenizer, bundled("calibration.txt"))
     return [ids[0, : REFERENCE_SEQUENCES * REFERENCE_LENGTH].view(-1, REFERENCE_LENGTH)]
 
 

@@ -22,6 +22,7 @@ from fp4compile.formats import FloatFormat, of_width
 from fp4compile.numerics import fake_quantize, scale_for_max
 from fp4compile.search.grid import clip_factors
 from fp4compile.search.sorted_errors import channel_errors
+from fp4compile.texts import text_ids
 
 STEPS_PER_OCTAVE, OCTAVES = 8, 24
 # Linears whose inputs are held at a time.
@@ -42,8 +43,7 @@ class BoundResult:
 def run(bits: int, tokens: int) -> Iterator[BoundResult]:
     """A result for all linears, then one per kind."""
     model, tokenizer = load_demo_model(None, torch.float32)
-    text = bundled("heldout.txt")
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    ids = text_ids(tokenizer, bundled("heldout.txt"))
     yield from measure(model, ids, bits, tokens)
 
 

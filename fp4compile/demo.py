@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 import fp4compile
 from fp4compile.batches import bundled
@@ -28,6 +27,7 @@ from fp4compile.evaluate import (
 )
 from fp4compile.qparams import QuantSpec
 from fp4compile.search import by_method
+from fp4compile.texts import text_ids
 
 QUESTION = "What is the capital of France, and what is it known for?"
 PROMPT_TOKENS = 128
@@ -117,21 +117,13 @@ def _measure_quantized(
 def _measure(
     model: Any, tokenizer: Any, size: ModelSize, tokens: int, new_tokens: int
 ) -> Measurement:
-    ids = _heldout_ids(tokenizer)
+    ids = text_ids(tokenizer, bundled("heldout.txt"))
     return Measurement(
         perplexity(model, ids, max_tokens=tokens, progress=True),
         size,
         measure_generation_speed(model, ids[:, :PROMPT_TOKENS], new_tokens, progress=True),
         _answer(model, tokenizer, new_tokens),
     )
-
-
-def _heldout_ids(tokenizer: Any) -> Tensor:
-    # Not verbose: the text is longer than the context, but it is cut into windows.
-    encoded = tokenizer(
-        bundled("heldout.txt"), add_special_tokens=False, return_tensors="pt", verbose=False
-    )
-    return encoded.input_ids
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fp4compile.batches import bundled
 from fp4compile.errors import CalibrationDataError, MissingDependencyError
 
@@ -48,6 +50,14 @@ def read_texts(source: str) -> list[str]:
     if not texts:
         raise CalibrationDataError(f"{source} holds no text; give a file or data set that does")
     return texts
+
+
+def text_ids(tokenizer: Any, text: str) -> Tensor:
+    """Tokens ``[1, T]`` of a long text, without special ones, to be cut into windows."""
+    # Not verbose: it would warn that the text is longer than a model's context.
+    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
+    ids: Tensor = encoded.input_ids
+    return ids
 
 
 def _hub(source: str) -> Any:

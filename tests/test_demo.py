@@ -13,7 +13,9 @@ from models import byte_tokenizer
 from rich.console import Console
 
 from fp4compile import demo
+from fp4compile.batches import bundled
 from fp4compile.evaluate import perplexity
+from fp4compile.texts import text_ids
 
 transformers = pytest.importorskip("transformers")
 
@@ -43,7 +45,8 @@ def test_the_demo_measures_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
     full, quantized = numbers["full_precision"], numbers["w4a4"]
     model, tokenizer = _tiny_model(None, torch.bfloat16)
-    expected = perplexity(model.float(), demo._heldout_ids(tokenizer), max_tokens=1022)
+    ids = text_ids(tokenizer, bundled("heldout.txt"))
+    expected = perplexity(model.float(), ids, max_tokens=1022)
     assert full["perplexity"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
     assert full["bits_per_weight"] == pytest.approx(16, abs=0.1)
     assert quantized["bits_per_weight"] < 8

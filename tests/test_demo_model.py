@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import logging
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fp4compile import demo_model
+from fp4compile.batches import bundled
 from fp4compile.demo_model import cache_folder, load_demo_model
 from fp4compile.errors import MissingDependencyError
 from fp4compile.evaluate import perplexity
-
-
-def _token_ids(tokenizer: Any, name: str) -> torch.Tensor:
-    text = (files("fp4compile") / "data" / name).read_text(encoding="utf-8")
-    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
-    return encoded.input_ids[0]
+from fp4compile.texts import text_ids
 
 
 def test_the_second_load_is_the_first_one_from_the_cache(
@@ -40,15 +34,15 @@ def test_the_second_load_is_the_first_one_from_the_cache(
 
 def test_bundled_texts_are_long_enough(demo_cache: Path) -> None:
     _, tokenizer = load_demo_model(demo_cache)
-    assert _token_ids(tokenizer, "heldout.txt").numel() >= 16 * 512
-    assert _token_ids(tokenizer, "calibration.txt").numel() >= 9000
+    assert text_ids(tokenizer, bundled("heldout.txt")).numel() >= 16 * 512
+    assert text_ids(tokenizer, bundled("calibration.txt")).numel() >= 9000
 
 
 @pytest.mark.slow
 def test_full_precision_perplexity(demo_cache: Path) -> None:
     # 30.16: the public LLM-FP4 code's evaluation of this model on the first 4088 tokens.
     model, tokenizer = load_demo_model(demo_cache)
-    result = perplexity(model, _token_ids(tokenizer, "heldout.txt"), max_tokens=4088)
+    result = perplexity(model, text_ids(tokenizer, bundled("heldout.txt")), max_tokens=4088)
     assert result.tokens == 4088
     assert result.perplexity == pytest.approx(30.16, abs=0.005)
 

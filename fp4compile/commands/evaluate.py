@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fp4compile.commands.loading import Loaded, load
+from fp4compile.commands.loading import load
 from fp4compile.commands.options import (
     CacheBits,
     Compile,
@@ -25,7 +25,7 @@ from fp4compile.compile import compile_model
 from fp4compile.errors import EvaluationError
 from fp4compile.evaluate import divergence, model_size, perplexity
 from fp4compile.tasks import run_tasks
-from fp4compile.texts import read_texts
+from fp4compile.texts import read_texts, text_ids
 
 EXAMPLES = """
 [bold]Examples[/]
@@ -89,7 +89,7 @@ def command(
         )
     else:
         quiet = json_path == STDOUT
-        ids = _token_ids(loaded, texts)
+        ids = text_ids(loaded.needed_tokenizer(), "\n".join(texts))
         chosen: dict[str, Any] = {
             "window": window,
             "max_tokens": tokens,
@@ -111,15 +111,6 @@ def command(
         **({"tasks": scores} if task else {"data": data, "window": window, **scores}),
     }
     emit(result, _table(result), json_path)
-
-
-def _token_ids(loaded: Loaded, texts: list[str]) -> torch.Tensor:
-    # Not verbose: the text is longer than the context, but it is cut into windows.
-    encoded = loaded.needed_tokenizer()(
-        "\n".join(texts), add_special_tokens=False, return_tensors="pt", verbose=False
-    )
-    found: torch.Tensor = encoded.input_ids
-    return found
 
 
 def _table(result: dict[str, Any]) -> Any:
