@@ -20,15 +20,13 @@ import fp4compile
 from bench.process import peak_bytes, run_module
 from fp4compile.batches import bundled
 from fp4compile.demo_model import load_demo_model
-from fp4compile.evaluate import divergence, perplexity
+from fp4compile.evaluate import divergence
 from fp4compile.qparams import QuantSpec, TensorSpec
 from fp4compile.search import SearchOptions
 from fp4compile.tasks import run_tasks
 from fp4compile.texts import text_ids
 
 TOKENS = 8176
-# Of these so many are compared with full precision, which has its error told.
-DIVERGENCE_TOKENS = 4088
 # The plain error of the calibration tokens, all alike.
 EQUAL_TOKENS = SearchOptions(
     sink_power=float("inf"), weight_sink_power=float("inf"), unseen=0.0, moment_shrinkage=0.0
@@ -198,17 +196,15 @@ def measure(name: str, scoring: Scoring, layers: Sequence[int] = ()) -> Accuracy
     seconds = time.perf_counter() - start
     peak = peak_bytes()
     ids = text_ids(tokenizer, bundled("heldout.txt"))
-    result = perplexity(model, ids, max_tokens=scoring.tokens, progress=True)
     full_precision, _ = load_demo_model(None, torch.float32)
-    compared = min(scoring.tokens, DIVERGENCE_TOKENS)
-    distance = divergence(model, full_precision, ids, max_tokens=compared, progress=True)
+    result = divergence(model, full_precision, ids, max_tokens=scoring.tokens, progress=True)
     report: Any = getattr(model, "fp4_report", None)
     return AccuracyResult(
         name,
         result.perplexity,
         result.tokens,
-        distance.divergence,
-        distance.standard_error,
+        result.divergence,
+        result.standard_error,
         16.0 if report is None else report.bits_per_weight,
         seconds,
         peak,

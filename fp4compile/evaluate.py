@@ -60,23 +60,22 @@ def perplexity(
     nll = 0.0
     for ids in tqdm(windows, desc="perplexity", unit="window", disable=not progress):
         logits = _window_logits(model, ids, new_cache)
-        nll += F.cross_entropy(logits, ids[1:].to(logits.device), reduction="sum").item()
+        nll += _nll(logits, ids)
     tokens = len(windows) * (window - 1)
     return PerplexityResult(_exp(nll / tokens), tokens, nll)
 
 
 @dataclass(frozen=True)
-class DivergenceResult:
-    """How far a model's probabilities of the next token are from a reference's: ``divergence`` is
-    the mean over ``tokens`` of the Kullback-Leibler divergence KL(reference || model) in nats,
-    ``standard_error`` that of the mean if tokens were independent, ``agreement`` the share of
-    tokens where both find the same token likeliest.
+class DivergenceResult(PerplexityResult):
+    """A model's perplexity, and how far its probabilities of the next token are from a
+    reference's: ``divergence`` is the mean over ``tokens`` of the Kullback-Leibler divergence
+    KL(reference || model) in nats, ``standard_error`` that of the mean if tokens were independent,
+    ``agreement`` the share of tokens where both find the same token likeliest.
     """
 
     divergence: float
     standard_error: float
     agreement: float
-    tokens: int
 
 
 @torch.no_grad()
@@ -90,16 +89,17 @@ def divergence(
     progress: bool = False,
     new_cache: Callable[[], Any] | None = None,
 ) -> DivergenceResult:
-    """How far ``model`` is from ``reference``, usually the model before it was quantized, on one
-    long text. It tells differences that are chance in perplexity, where errors that happen to
-    raise the probability of the text's own tokens count as gains.
+    """:func:`perplexity`, and in the same pass over the text how far ``model`` is from
+    ``reference``, usually the model before it was quantized. It tells differences that are chance
+    in perplexity, where errors that happen to raise the probability of the text's own tokens count
+    as gains.
 
     Args: as those of :func:`perplexity`; ``new_cache`` is for ``model``.
 
     Raises:
         EvaluationError: there is not one whole window, or the vocabularies differ in size.
     """
-    found, same = [], 0
+    found, same, nll = [], 0, 0.0
     windows = _windows(token_ids, window, max_tokens)
     for ids in tqdm(windows, desc="divergence", unit="window", disable=not progress):
         wanted = _window_logits(reference, ids).cpu()
@@ -111,10 +111,13 @@ def divergence(
             )
         log_p, log_q = wanted.log_softmax(-1), logits.log_softmax(-1)
         found.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
+        nll += _nll(logits, ids)
         same += int((wanted.argmax(-1) == logits.argmax(-1)).sum())
     each = torch.cat(found).to(torch.float64)
     error = each.std(correction=0).item() / math.sqrt(len(each))
-    return DivergenceResult(each.mean().item(), error, same / len(each), len(each))
+    count = len(each)
+    distance = each.mean().item(), error, same / count
+    return DivergenceResult(_exp(nll / count), count, nll, *distance)
 
 
 def _windows(token_ids: Tensor, window: int, max_tokens: int | None) -> Tensor:
@@ -152,6 +155,11 @@ def _window_logits(
             [_logits(model(part, past_key_values=cache)) for part in parts if part.numel()], dim=1
         )
     return logits[0, :-1].float()
+
+
+def _nll(logits: Tensor, ids: Tensor) -> float:
+    """Of a window's tokens but the first."""
+    return F.cross_entropy(logits, ids[1:].to(logits.device), reduction="sum").item()
 
 
 def _logits(output: Any) -> Tensor:

@@ -86,7 +86,7 @@ def gemm(
     target = target.for_rows(problem, expected_rows)
     asked = str(problem)
     problem, inputs = _as_read(target, problem, inputs, siblings)
-    tile = target.tile(problem, expected_rows)
+    tile = target.tile(problem, min(expected_rows, target.most_rows))
     device, size = inputs["operand"].get_device(), [rows, problem.N]
     if tile.split_k == 1:
         layout = ir.FixedLayout(device, problem.out_dtype, size)

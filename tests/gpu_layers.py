@@ -7,6 +7,7 @@ from torch import nn
 
 from fp4compile.blocks import block_count
 from fp4compile.formats import by_name
+from fp4compile.lowering.gpus import GPUS
 from fp4compile.packing import pack
 
 E2M1 = torch.tensor(by_name("e2m1").integer_values, dtype=torch.int8)
@@ -48,3 +49,26 @@ class Siblings(nn.Module):
 
 def e2m1(*shape):
     return E2M1[torch.randint(0, 16, shape)]
+
+
+def block_scales(M, blocks, outer):
+    """float32 ``[M, blocks]``: random E4M3 numbers times ``outer``."""
+    codes = torch.randint(1, 127, (M, blocks)).byte()
+    return codes.view(torch.float8_e4m3fn).float() * outer
+
+
+def launched(layer, inputs, name="sm_90"):
+    """``layer(*inputs)`` by the one GEMM that the GPU would launch."""
+    from fp4compile.lowering.testing import interpret_with_sources
+
+    result, (source,) = interpret_with_sources(layer, inputs, GPUS[name], dynamic=True)
+    assert source.count("async_compile.triton('triton_tem") == 1
+    return result
+
+
+def gemm_kernels(layer, inputs, name):
+    """What the compiler makes of the GEMMs of the GPU."""
+    from fp4compile.lowering.testing import compile_for
+
+    (graph,) = compile_for(layer, inputs, GPUS[name], dynamic=True)
+    return [kernel for kernel in graph.kernels if "_tem_" in kernel.name]

@@ -96,10 +96,11 @@ def command(
             "progress": not quiet,
             "new_cache": new_cache,
         }
-        scores = asdict(perplexity(loaded.model, ids, **chosen))
         if reference:
             other = load(reference, dtype_of(dtype)).model
-            scores |= asdict(divergence(loaded.model, other, ids, **chosen))
+            scores = asdict(divergence(loaded.model, other, ids, **chosen))
+        else:
+            scores = asdict(perplexity(loaded.model, ids, **chosen))
     size = model_size(loaded.model)
     result = {
         "model": model,

@@ -83,7 +83,6 @@ def _few_rows_parameters(problem: GemmProblem) -> dict[str, Any]:
 
 def _few_rows_tile(problem: GemmProblem, rows: int) -> Tile:
     slices = max(1, 128 // problem.block_size)
-    rows = min(rows, MOST_ROWS)
     return Tile(block_rows(problem, rows), 16, problem.block_size, 4, 3, slices=slices)
 
 

@@ -70,7 +70,7 @@ def tile(problem: GemmProblem, rows: int) -> Tile:
 def _few_rows_tile(problem: GemmProblem, rows: int) -> Tile:
     if problem.operand_dtype == torch.float32:
         return Tile(16, 16, 128, num_warps=4, num_stages=3, slices=4)
-    block_m = block_rows(problem, min(rows, MOST_ROWS))
+    block_m = block_rows(problem, rows)
     if capability(problem) == HOPPER and (block_m > FEW_ROWS or problem.N >= MANY_COLUMNS):
         block_n = 32 if problem.N >= MANY_COLUMNS else 16
         return Tile(block_m, block_n, 128, num_warps=2, num_stages=4, slices=2)

@@ -71,7 +71,7 @@ class TritonTarget:
     reads: Callable[[GemmProblem], tuple[str, ...]] = lambda problem: ()
     bits: tuple[int, ...] = (4,)
     few_rows: TritonTarget | None = None
-    most_rows: int = FEW_ROWS
+    most_rows: int = MANY_ROWS
     operand: Callable[[GemmProblem], tuple[torch.dtype, float] | None] = lambda problem: None
     decoded: bool = False
 

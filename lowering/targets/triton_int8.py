@@ -6,6 +6,7 @@ from typing import Any
 
 from fp4compile.lowering.problem import INT8, GemmProblem
 from fp4compile.lowering.targets.triton_gemm import (
+    FEW_ROWS,
     HOPPER,
     MANY_COLUMNS,
     Tile,
@@ -66,5 +67,6 @@ TARGET = TritonTarget(
         _parameters,
         _few_rows_tile,
         few_rows=one_row("triton_int8"),
+        most_rows=FEW_ROWS,
     ),
 )

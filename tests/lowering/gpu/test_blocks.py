@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_layers import block_scales, gemm_kernels
 from torch import nn
 
 from fp4compile.blocks import SECOND_FORMAT, block_count
@@ -81,8 +82,7 @@ def test_operands_in_blocks(operand_format, M):
     values = torch.tensor(fmt.integer_values, dtype=torch.float32)
     operand = values[torch.randint(0, len(values), (M, K))].to(operand_dtype(operand_format))
     outer = torch.tensor(0.013)
-    codes = torch.randint(1, 127, (M, K // 32)).byte()
-    scale = codes.view(torch.float8_e4m3fn).float() * outer
+    scale = block_scales(M, K // 32, outer)
     layer = BlockLayer(N, K, "e2m1|e1m2", 32)
     expected = layer(operand, scale, operand_format, outer)
 
@@ -113,11 +113,8 @@ def test_weight_only(dtype):
     ],
 )
 def test_instructions(int8_operand, name, M, instruction):
-    from fp4compile.lowering.testing import compile_for
-
     layer = BlockLayer(256, 256, "e2m1|e1m2", 32)
     inputs = (int8_operand(M, 256), torch.rand(M, 1))
-    (graph,) = compile_for(layer, inputs, GPUS[name], dynamic=True)
-    (kernel,) = (kernel for kernel in graph.kernels if "_tem_" in kernel.name)
+    (kernel,) = gemm_kernels(layer, inputs, name)
     assert instruction in kernel.assembly
     assert kernel.local_memory == 0

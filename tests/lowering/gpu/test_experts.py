@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_layers import e2m1
+from gpu_layers import block_scales, e2m1, gemm_kernels, launched
 from models import tiny_mixtral, tokens
 from torch import nn
 
 import fp4compile
-from fp4compile.blocks import block_count
+from fp4compile.blocks import SECOND_FORMAT, block_count
 from fp4compile.formats import by_name
 from fp4compile.lowering.choice import SEEN
 from fp4compile.lowering.gpus import GPUS
@@ -29,7 +29,7 @@ class Stack(nn.Module):
         self.register_buffer("packed", pack(codes, bits))
         self.register_buffer("scale", torch.rand((E, 1, 1) if block_size else (E, N)) + 0.1)
         blocks = torch.randint(0, 127, (E, N, block_count(K, block_size or K))).byte()
-        flags = 128 * torch.randint(0, 1 + ("|" in format), blocks.shape).byte()
+        flags = SECOND_FORMAT * torch.randint(0, 1 + ("|" in format), blocks.shape).byte()
         self.register_buffer("blocks", blocks | flags if block_size else None)
         self.outer = nn.Buffer(torch.tensor(0.05)) if operand_format else None
         self.format, self.block_size, self.dtype = format, block_size, dtype
@@ -64,14 +64,6 @@ ENDS = {
 }
 
 
-def launched(layer, inputs, name="sm_90"):
-    from fp4compile.lowering.testing import interpret_with_sources
-
-    result, (source,) = interpret_with_sources(layer, inputs, GPUS[name], dynamic=True)
-    assert source.count("async_compile.triton('triton_tem") == 1
-    return result
-
-
 @pytest.mark.parametrize("case", ENDS)
 def test_bit_for_bit(case):
     rows, ends = ENDS[case]
@@ -95,12 +87,10 @@ def test_bit_for_bit(case):
 def test_routes(layer, operand, scale, target, case):
     rows, ends = ENDS[case]
     x = e2m1(rows, K) if operand == torch.int8 else torch.randn(rows, K).to(operand)
-    scales = {"token": (rows, 1), "block": (rows, K // 32), "tensor": ()}
     if scale == "block":
-        codes = torch.randint(1, 127, scales[scale]).byte()
-        factor = codes.view(torch.float8_e4m3fn).float() * layer.outer
+        factor = block_scales(rows, K // 32, layer.outer)
     else:
-        factor = None if scale is None else torch.rand(scales[scale])
+        factor = {"token": torch.rand(rows, 1), "tensor": torch.rand(()), None: None}[scale]
     inputs = x, factor, ends
     expected, result = layer(*inputs), launched(layer, inputs)
     bound = 1e-6 * float(expected.abs().max())
@@ -129,12 +119,9 @@ def test_what_reads_the_result_is_part_of_the_kernel():
 @pytest.mark.parametrize("rows", [8, 4000])
 @pytest.mark.parametrize("block_size", [0, 32])
 def test_compiles(name, rows, block_size):
-    from fp4compile.lowering.testing import compile_for
-
     stack = Stack("e2m1|e1m2" if block_size else "e2m1", block_size)
     inputs = (e2m1(rows, K), torch.rand(rows, 1), ends_of(*E * [rows // E]))
-    (graph,) = compile_for(stack, inputs, GPUS[name], dynamic=True)
-    (kernel,) = (kernel for kernel in graph.kernels if "_tem_" in kernel.name)
+    (kernel,) = gemm_kernels(stack, inputs, name)
     assert kernel.local_memory == 0
     assert kernel.shared_memory <= GPUS[name].shared_memory
     assert "mma" in kernel.assembly or "mfma" in kernel.assembly

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gpu_layers import gemm_kernels
 
 from fp4compile.errors import CompileError
 from fp4compile.lowering.gpus import GPUS, NVIDIA, gpu_by_name
@@ -32,10 +33,7 @@ BFLOAT16 = {
 
 
 def compiled(linear, inputs, name):
-    from fp4compile.lowering.testing import compile_for
-
-    (graph,) = compile_for(linear, inputs, GPUS[name], dynamic=True)
-    (kernel,) = (kernel for kernel in graph.kernels if "_tem_" in kernel.name)
+    (kernel,) = gemm_kernels(linear, inputs, name)
     return kernel
 
 

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_layers import Siblings, e2m1
-
-from fp4compile.lowering.gpus import GPUS
-
-
-def launched(layer, inputs, name):
-    from fp4compile.lowering.testing import interpret_with_sources
-
-    result, (source,) = interpret_with_sources(layer, inputs, GPUS[name], dynamic=True)
-    assert source.count("async_compile.triton('triton_tem") == 1
-    return result
+from gpu_layers import Siblings, block_scales, e2m1, gemm_kernels, launched
 
 
 @pytest.mark.parametrize(
@@ -37,19 +27,15 @@ def test_bit_for_bit(name, rows, K, M, bias):
 def test_blocks(name, format):
     M, K = 20, 96
     layer = Siblings((40, 24), K, format, True, block_size=32)
-    codes = torch.randint(1, 127, (M, K // 32)).byte()
-    inputs = (e2m1(M, K), codes.view(torch.float8_e4m3fn).float() * layer.outer)
+    inputs = (e2m1(M, K), block_scales(M, K // 32, layer.outer))
     for part, expected in zip(launched(layer, inputs, name), layer(*inputs), strict=True):
         tolerance = 1e-6 * float(expected.abs().max())
         torch.testing.assert_close(part, expected, rtol=1e-5, atol=tolerance)
 
 
 def gemms(name):
-    from fp4compile.lowering.testing import compile_for
-
     layer, inputs = Siblings((256, 64, 64), 512, "e2m1", False), (e2m1(200, 512), None)
-    (graph,) = compile_for(layer, inputs, GPUS[name], dynamic=True)
-    return [kernel for kernel in graph.kernels if "_tem_" in kernel.name]
+    return gemm_kernels(layer, inputs, name)
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90"])
