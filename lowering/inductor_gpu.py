@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor import lowering as inductor_lowering
+from torch._inductor.codegen.triton_utils import is_unaligned_buffer_name
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
@@ -25,6 +26,7 @@ from fp4compile.lowering.inductor import contiguous
 from fp4compile.lowering.inductor_pointwise import converted_operand, decoded_weight
 from fp4compile.lowering.problem import GemmProblem
 from fp4compile.lowering.targets.triton_gemm import (
+    ALIGNMENT,
     Tile,
     TritonTarget,
     float_type,
@@ -181,6 +183,13 @@ def _epilogue(
     return y
 
 
+def _is_aligned(node: Any) -> bool:
+    """Whether the bytes of ``node`` begin at a multiple of :data:`ALIGNMENT`, as Inductor knows of its arguments."""
+    offset = node.get_layout().offset * node.get_dtype().itemsize
+    known = V.graph.sizevars.statically_known_multiple_of(offset, ALIGNMENT)
+    return known and not is_unaligned_buffer_name(node.get_name())
+
+
 def _call(
     target: TritonTarget,
     problem: GemmProblem,
@@ -191,7 +200,11 @@ def _call(
     asked: str,
 ) -> Any:
     marker = json.dumps({"kernel": target.name, "problem": asked})
-    names = f"{{%- set INPUTS = {list(inputs)!r} %}}\n# fp4compile {marker}\n"
+    weights = _each("packed_weight", siblings)
+    aligned = all(_is_aligned(inputs[name]) for name in weights if name in inputs)
+    facts = {"INPUTS": list(inputs), "ALIGNED": weights[:1] if aligned else []}
+    names = "".join(f"{{%- set {name} = {value!r} %}}" for name, value in facts.items())
+    names += f"\n# fp4compile {marker}\n"
     grid = _stack_grid if problem.experts else _grid if tile.split_k == 1 else _split_grid
     template = _template(f"fp4_{target.name}", names + target.source(problem, siblings), grid)
     choices: list[Any] = []

@@ -1,4 +1,4 @@
-"""Lowering of fp4::linears: one kernel on NVIDIA's GPUs, else a kernel of each weight."""
+"""Lowering of fp4::linears: one kernel on GPUs, else a kernel of each weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from fp4compile.lowering.choice import choose
 from fp4compile.lowering.ops.gemm import gemm_problem, operand_facts
 from fp4compile.lowering.ops.linear import linear, warn_of_stale_cache
 from fp4compile.lowering.targets import TritonTarget, targets_of
-from fp4compile.lowering.targets.triton_gemm import capability
 
 
 @inductor.register(torch.ops.fp4.linears.default)
@@ -48,8 +47,7 @@ def linears(
     )
     facts = (operand_format, operand_outer, operand_shift, shift_block)
     target, _ = choose(problem, targets_of(problem.device))
-    # Triton's compiler for AMD does not choose among pointers to several buffers.
-    if not isinstance(target, TritonTarget) or not capability(problem):
+    if not isinstance(target, TritonTarget):
         return [
             linear(
                 operand,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ MANY_COLUMNS = 8192
 MULTIPROCESSORS = 128
 FIRST_CAPABILITY = 80
 AMD_TRIED = ("gfx942", "gfx950")
+# Bytes of the widest load.
+ALIGNMENT = 16
 # A step of decoding: what is read of the weight decides the time.
 FEW_ROWS = 16
 # A kernel for few rows would serve many at a fraction of its speed, and the other way round: each
@@ -103,6 +106,9 @@ class TritonTarget:
             "ROWS": list(rows) or [problem.N],
             "K": problem.K,
             "BYTES": problem.row_bytes,
+            # Triton's compiler for AMD does not choose among pointers to several buffers.
+            "ADDRESSES": not capability(problem),
+            "ROW_ALIGNMENT": gcd(problem.row_bytes, ALIGNMENT),
             "OPERAND_SCALE": problem.operand_scale or "",
             "BIAS": problem.bias,
             # One more than experts at least: see rows_of_expert.

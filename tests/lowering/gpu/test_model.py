@@ -102,8 +102,9 @@ def llama(layers, spec="w4a4"):
     return model, lambda ids: model(ids, use_cache=False).logits
 
 
-def test_kernels_of_a_decoder_layer():
-    counts, targets = interpreted(llama(1)[1], (tokens(2, 7),))
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+def test_kernels_of_a_decoder_layer(name):
+    counts, targets = interpreted(llama(1)[1], (tokens(2, 7),), name)
     # qkv, o with the residual, gate and up, down with the residual; the head.
     assert counts["tem"] == 4 + 1
     # Norm and quantize, twice and before the head.
@@ -127,14 +128,16 @@ def test_llama_with_channels_in_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "name"), [("bert", "sm_120"), ("vit", "sm_80")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("bert", "sm_120"), ("vit", "sm_80"), ("vit", "gfx950")]
+)
 def test_encoders(family, name):
     model, inputs = ENCODERS[family]()
     fp4compile.quantize(model, [inputs], NATIVE, method="minmax", progress=False)
     counts, targets = interpreted(lambda x: model(x).last_hidden_state, (inputs,), name)
     # qkv, the attention's output and two linears of each layer; a ViT's patches.
     assert counts["tem"] == 2 * 4 + {"bert": 0, "vit": 1}[family]
-    assert targets == {"triton_scaled" if name == "sm_120" else "triton_int8"}
+    assert targets == {"triton_int8" if name == "sm_80" else "triton_scaled"}
 
 
 # SmolLM2-135M: qkv, o, gate with up, down; each on one architecture and number of rows, as

@@ -13,6 +13,8 @@ from gpu_layers import Siblings, block_scales, e2m1, gemm_kernels, launched
         ("sm_90", (70, 30, 31), 200, 70, True),
         ("sm_90", (40, 24, 24), 1040, 3, True),  # few rows
         ("sm_100", (100, 40, 20), 128, 5, False),
+        ("gfx942", (70, 30, 31), 200, 70, True),
+        ("gfx950", (40, 24, 24), 1040, 3, True),
     ],
 )
 def test_bit_for_bit(name, rows, K, M, bias):
@@ -22,7 +24,9 @@ def test_bit_for_bit(name, rows, K, M, bias):
 
 
 @pytest.mark.parametrize(
-    ("name", "format"), [("sm_90", "e2m1|e1m2"), ("sm_120", "e2m1")], ids=["int8", "nvfp4"]
+    ("name", "format"),
+    [("sm_90", "e2m1|e1m2"), ("sm_120", "e2m1"), ("gfx942", "e2m1|e1m2")],
+    ids=["int8", "nvfp4", "amd"],
 )
 def test_blocks(name, format):
     M, K = 20, 96
@@ -33,17 +37,18 @@ def test_blocks(name, format):
         torch.testing.assert_close(part, expected, rtol=1e-5, atol=tolerance)
 
 
-def gemms(name):
+@pytest.mark.parametrize(
+    ("name", "wide_load"),
+    [
+        ("sm_80", "cp.async.cg.shared.global"),
+        ("sm_90", "cp.async.cg.shared.global"),
+        ("gfx942", "global_load_dwordx4"),
+        ("gfx950", "global_load_dwordx4"),
+    ],
+)
+def test_one_gemm_whose_loads_stay_wide(name, wide_load):
     layer, inputs = Siblings((256, 64, 64), 512, "e2m1", False), (e2m1(200, 512), None)
-    return gemm_kernels(layer, inputs, name)
-
-
-@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
-def test_loads_stay_wide(name):
-    (kernel,) = gemms(name)
-    assert "cp.async.cg.shared.global" in kernel.assembly
+    (kernel,) = gemm_kernels(layer, inputs, name)
+    assert wide_load in kernel.assembly
+    assert "load_ubyte" not in kernel.assembly
     assert kernel.local_memory == 0
-
-
-def test_amd_has_a_kernel_of_each():
-    assert sum("_tem_" in kernel.name for kernel in gemms("gfx942")) >= 2  # two are of one shape
