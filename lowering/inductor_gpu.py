@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor import lowering as inductor_lowering
 from torch._inductor.codegen.triton_utils import is_unaligned_buffer_name
@@ -19,6 +20,7 @@ from torch._inductor.select_algorithm import (
     TritonTemplate,
     autotune_select_algorithm,
 )
+from torch._inductor.utils import get_gpu_shared_memory
 from torch._inductor.virtualized import V
 
 from fp4compile.lowering.config import config
@@ -29,6 +31,7 @@ from fp4compile.lowering.targets.triton_gemm import (
     ALIGNMENT,
     Tile,
     TritonTarget,
+    candidates,
     float_type,
     row_class,
     rows_of_each,
@@ -183,8 +186,18 @@ def _epilogue(
     return y
 
 
+def _tiles(problem: GemmProblem, tile: Tile) -> list[Tile]:
+    """``tile``; what the user wants measured beside it, where Inductor is asked to.
+
+    Not for experts: Inductor measures on random inputs, which are no ends of experts' rows.
+    """
+    if problem.experts or not (inductor_config.max_autotune or inductor_config.max_autotune_gemm):
+        return [tile]
+    return candidates(tile, problem.operand_dtype.itemsize, get_gpu_shared_memory())
+
+
 def _is_aligned(node: Any) -> bool:
-    """Whether the bytes of ``node`` begin at a multiple of :data:`ALIGNMENT`, as Inductor knows of its arguments."""
+    """Whether ``node`` begins at a multiple of :data:`ALIGNMENT`, as Inductor knows."""
     offset = node.get_layout().offset * node.get_dtype().itemsize
     known = V.graph.sizevars.statically_known_multiple_of(offset, ALIGNMENT)
     return known and not is_unaligned_buffer_name(node.get_name())
@@ -208,23 +221,24 @@ def _call(
     grid = _stack_grid if problem.experts else _grid if tile.split_k == 1 else _split_grid
     template = _template(f"fp4_{target.name}", names + target.source(problem, siblings), grid)
     choices: list[Any] = []
-    declined = template.maybe_append_choice(
-        choices,
-        input_nodes=tuple(inputs.values()),
-        layout=layout,
-        num_stages=tile.num_stages,
-        num_warps=tile.num_warps,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m,
-        SPLIT_K=tile.split_k,
-        SLICES=tile.slices,
-        EXPERTS=problem.experts,
-        DECODE_PTX=config.gpu_assembly and torch.version.hip is None,
-    )
-    if declined is not None:
-        raise declined
+    for each in _tiles(problem, tile):
+        declined = template.maybe_append_choice(
+            choices,
+            input_nodes=tuple(inputs.values()),
+            layout=layout,
+            num_stages=each.num_stages,
+            num_warps=each.num_warps,
+            BLOCK_M=each.block_m,
+            BLOCK_N=each.block_n,
+            BLOCK_K=each.block_k,
+            GROUP_M=each.group_m,
+            SPLIT_K=each.split_k,
+            SLICES=each.slices,
+            EXPERTS=problem.experts,
+            DECODE_PTX=config.gpu_assembly and torch.version.hip is None,
+        )
+        if declined is not None:
+            raise declined
     chosen = autotune_select_algorithm(target.name, choices, list(inputs.values()), layout)
     # torch 2.12 and later return the choice beside the node.
     return chosen[0] if isinstance(chosen, tuple) else chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -26,6 +26,8 @@ FEW_ROWS = 16
 # class of numbers of rows, up to these, has kernels of its own.
 ROW_CLASSES = (1, FEW_ROWS, 64, 512)
 MANY_ROWS = 4096
+# Bounds of the tiles that are tried: lanes, warps, sums of a lane, columns of a product.
+WARP, MOST_WARPS, MOST_SUMS, SMALLEST_PRODUCT = 32, 8, 64, 16
 # Its products take one operand from shared memory, so larger tiles fit the registers.
 HOPPER = 90
 
@@ -54,6 +56,41 @@ class Tile:
     split_k: int = 1
     slices: int = 1
     group_m: int = 8
+
+
+def candidates(tile: Tile, operand_bytes: int, shared_memory: int) -> list[Tile]:
+    """``tile`` and its neighbours, for a choice by measurement: half and twice the columns, the
+    warps and the pipeline's depth, as far as sums fit registers and a pipeline ``shared_memory``
+    (bytes).
+    """
+    if tile.block_m == 1:  # products without tensor cores, no pipeline
+        sizes = [(tile.block_n, tile.num_warps // 2, tile.num_stages)]
+    else:
+        sizes = [
+            (tile.block_n, tile.num_warps, tile.num_stages + 1),
+            (tile.block_n, tile.num_warps, tile.num_stages - 1),
+            (tile.block_n, tile.num_warps * 2, tile.num_stages),
+            (tile.block_n, tile.num_warps // 2, tile.num_stages),
+        ]
+    sizes += [
+        (tile.block_n * 2, tile.num_warps, tile.num_stages),
+        (tile.block_n // 2, tile.num_warps, tile.num_stages),
+    ]
+    others = [replace(tile, block_n=n, num_warps=w, num_stages=s) for n, w, s in sizes]
+    return [tile, *(t for t in others if _fits(t, operand_bytes, shared_memory))]
+
+
+def _fits(tile: Tile, operand_bytes: int, shared_memory: int) -> bool:
+    # Weights are decoded to the operand's width before they are multiplied.
+    step = (tile.block_m + tile.block_n) * tile.block_k * tile.slices * operand_bytes
+    sums = tile.block_m * tile.block_n * tile.slices // (WARP * max(tile.num_warps, 1))
+    return (
+        tile.block_n >= (SMALLEST_PRODUCT if tile.block_m > 1 else 1)
+        and 1 <= tile.num_warps <= MOST_WARPS
+        and tile.num_stages >= 1
+        and sums <= MOST_SUMS
+        and step * tile.num_stages <= shared_memory
+    )
 
 
 @dataclass(frozen=True)

@@ -110,16 +110,20 @@ def test_blocks_with_e4m3_scales(name, block_size, granularity):
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
+# Regular expressions; PTX of triton 3.9 calls scale_vec::2X, for one, block32.
 MXFP4 = {
-    "sm_100": "kind::mxf4.block_scale.scale_vec::2X",
+    "sm_100": r"kind::mxf4\.block_scale\.(scale_vec::2X|block32)",
     "sm_120": "kind::mxf4nvf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0",
     "gfx950": "v_mfma_scale_f32_",
 }
 NVFP4 = {
-    "sm_100": "kind::mxf4nvf4.block_scale.scale_vec::4X",
+    "sm_100": r"kind::mxf4nvf4\.block_scale\.(scale_vec::4X|block16)",
     "sm_120": "kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3",
 }
-MIXED = {"sm_100": "kind::mxf8f6f4.block_scale.scale_vec::1X", "gfx950": "v_mfma_scale_f32_"}
+MIXED = {
+    "sm_100": r"kind::mxf8f6f4\.block_scale\.(scale_vec::1X|block32)",
+    "gfx950": "v_mfma_scale_f32_",
+}
 
 
 def check_code(layer, inputs, name, instruction):
@@ -127,7 +131,7 @@ def check_code(layer, inputs, name, instruction):
 
     (graph,) = compile_for(layer, inputs, GPUS[name], dynamic=True)
     kernel = next(kernel for kernel in graph.kernels if "_tem_" in kernel.name)
-    assert instruction in kernel.assembly
+    assert re.search(instruction, kernel.assembly)
     assert not re.search(r"mma[\w.:]*bf16|mfma\w*bf16", kernel.assembly)  # the fall-back
     assert kernel.local_memory == 0
     assert kernel.shared_memory <= GPUS[name].shared_memory
