@@ -41,6 +41,7 @@ PAPER = replace(
 )
 GRADIENT = SearchOptions(token_weights="gradient")
 NEAREST = SearchOptions(rounding="nearest")
+ROTATED = SearchOptions(rotate=True)
 # How the paper's code was run on this model: 2 sequences of 128 tokens of the calibration text.
 REFERENCE_SEQUENCES, REFERENCE_LENGTH = 2, 128
 
@@ -103,6 +104,8 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     "w6a6 fpq": Configuration(_spec("w6a6"), "fpq"),
     "w6a6 fpq, per token": Configuration(_spec("w6a6-token"), "fpq"),
+    "w6a6 fpq, per token, rotated": Configuration(_spec("w6a6-token"), "fpq", ROTATED),
+    "w4a4 fpq, per token, rotated": Configuration(_spec("w4a4-token"), "fpq", ROTATED),
     "w6a6 fpq, weights of 8 bits": Configuration(_wide_weights("w6a6"), "fpq"),
     "w8a8 fpq": Configuration(_spec("w8a8"), "fpq"),
     "w4a4 fpq_baseline on the reference's inputs": Configuration(

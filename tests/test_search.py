@@ -161,6 +161,22 @@ def test_channels_beyond_the_range_of_shifts_move_into_the_weights():
     assert with_shifts.error < 0.5 * without.error
 
 
+@pytest.mark.parametrize("preset", ["w4a4", "w6a6"])
+def test_rotation_spreads_outliers_that_no_channel_is_known_for(preset):
+    generator = torch.Generator().manual_seed(0)
+    rare = torch.rand(600, 64, generator=generator) < 0.02
+    x = torch.randn(600, 64, generator=generator) * (1 + 20 * rare)
+    weight = torch.randn(24, 64, generator=generator)
+    spec = QuantSpec.preset(preset).per_token()
+    start = GroupProblem({"w": weight}, observe([x]), spec)
+    turned = replace(start, options=SearchOptions(rotate=True))
+    without, rotated = (by_method("fpq").search_group(p)["w"] for p in (start, turned))
+    assert without.activation.rotation == 1
+    assert rotated.activation.rotation == 64
+    assert rotated.weight.scale.shape == (24,)
+    assert rotated.error < 0.8 * without.error
+
+
 def test_a_wider_margin_prefers_a_format_of_the_int8_route():
     start = problem(QuantSpec.preset("w8a8"))
     free, fast = (

@@ -20,7 +20,13 @@ from fp4compile.operand import largest_rotation, transformed
 from fp4compile.qparams import ActivationQParams, QuantSpec, SiteQParams, TensorSpec, WeightQParams
 from fp4compile.search.activation import preferred
 from fp4compile.search.balance import balancing_shift, transformed_moment
-from fp4compile.search.candidates import ERROR_TOKENS, accepted, blocked_weight, output_errors
+from fp4compile.search.candidates import (
+    ERROR_TOKENS,
+    Decision,
+    accepted,
+    blocked_weight,
+    output_errors,
+)
 from fp4compile.search.embedding import lookup_moment, tied_moment
 from fp4compile.search.gptq import Compensation
 from fp4compile.search.noise import noisy_inputs
@@ -67,11 +73,16 @@ def best(problem: GroupProblem) -> dict[str, SiteQParams]:
     """The full search. What does not beat min-max on held-out tokens is not accepted."""
     problem = replace(problem, spec=block_spec(problem.spec))
     train, held_out = split(weighted_tokens(problem))
+    return accepted(problem, held_out, [transformed_decision(problem, train)])
+
+
+def transformed_decision(problem: GroupProblem, tokens: Tokens) -> Decision:
+    """The activation's transform and format of least error, then the weights for it."""
     activation = None
     if problem.spec.activation is not None:
-        activation = _choose_activation(problem, train, problem.spec.activation)
-    moment = train.moment()
-    noisy = noisy_inputs(train, _transformed(moment, activation), activation)
+        activation = _choose_activation(problem, tokens, problem.spec.activation)
+    moment = tokens.moment()
+    noisy = noisy_inputs(tokens, _transformed(moment, activation), activation)
     shared = Compensation(noisy.moment)
     weights = dict(problem.decided)
     for name, weight in problem.weights.items():
@@ -84,7 +95,7 @@ def best(problem: GroupProblem) -> dict[str, SiteQParams]:
         else:
             seen, working = shared, noisy.best_weight(working)
         weights[name] = _rounded(working, seen, problem.spec.weight, problem.options)
-    return accepted(problem, held_out, [(weights, activation)])
+    return weights, activation
 
 
 def best_embedding(
@@ -112,7 +123,7 @@ def _rounded(
     found = _nearest(weight, seen.moment, spec)
     if options.rounding == "nearest":
         return found
-    return seen.rounded(weight, found)
+    return seen.rounded(weight, found) if spec.block_size else seen.rescaled(weight, found)
 
 
 def _nearest(weight: Tensor, moment: Tensor, spec: TensorSpec) -> WeightQParams:

@@ -17,6 +17,7 @@ from fp4compile.formats import FloatFormat, by_name
 from fp4compile.qparams import ActivationQParams, SiteQParams, TensorSpec, WeightQParams
 from fp4compile.search.activation import ActivationError, search_activation, widest_shift
 from fp4compile.search.balance import balancing_shift, equalizing_shift, moved
+from fp4compile.search.best import transformed_decision
 from fp4compile.search.candidates import (
     Decision,
     accepted,
@@ -69,6 +70,8 @@ def fpq(problem: GroupProblem) -> dict[str, SiteQParams]:
         shift = _promising_shift(problem, train, decisions[0])
         if shift is not None:
             decisions += _moved_decisions(problem, train, shift)
+    if problem.options.rotate and problem.spec.activation is not None and not problem.decided:
+        decisions.append(transformed_decision(problem, train))
     return accepted(problem, held_out, decisions)
 
 

@@ -46,7 +46,8 @@ class SearchOptions:
 
     ``balance``: exponent shifts may move from activations into weights (``"best"``, and ``"fpq"``
     where activations have more than 4 bits). ``largest_rotation``: of the Hadamard matrices
-    of ``"best"``; 1 for none.
+    of ``"best"``; 1 for none. ``rotate``: ``"fpq"`` tries them too, with shifts in the weights, and
+    takes them where the error on held-out tokens is less.
 
     ``tie_shifts``: channels that come from one row of their producer (query heads that share a head
     of values) get one exponent shift, so that it folds. Otherwise each has its own, and
@@ -71,6 +72,7 @@ class SearchOptions:
     format_margin: float = 0.02
     largest_rotation: int = 512
     balance: bool = True
+    rotate: bool = False
     tie_shifts: bool = False
     token_weights: str = "power"
     sample_tokens: int = SAMPLE_TOKENS
