@@ -60,23 +60,23 @@ class Tile:
 
 def candidates(tile: Tile, operand_bytes: int, shared_memory: int) -> list[Tile]:
     """``tile`` and its neighbours, for a choice by measurement: half and twice the columns, the
-    warps and the pipeline's depth, as far as sums fit registers and a pipeline ``shared_memory``
-    (bytes).
+    warps, the pipeline's depth and the slices, as far as sums fit registers and a pipeline
+    ``shared_memory`` (bytes).
     """
-    if tile.block_m == 1:  # products without tensor cores, no pipeline
-        sizes = [(tile.block_n, tile.num_warps // 2, tile.num_stages)]
-    else:
-        sizes = [
-            (tile.block_n, tile.num_warps, tile.num_stages + 1),
-            (tile.block_n, tile.num_warps, tile.num_stages - 1),
-            (tile.block_n, tile.num_warps * 2, tile.num_stages),
-            (tile.block_n, tile.num_warps // 2, tile.num_stages),
-        ]
-    sizes += [
-        (tile.block_n * 2, tile.num_warps, tile.num_stages),
-        (tile.block_n // 2, tile.num_warps, tile.num_stages),
+    changes = [
+        {"block_n": tile.block_n * 2},
+        {"block_n": tile.block_n // 2},
+        {"num_warps": tile.num_warps // 2},
     ]
-    others = [replace(tile, block_n=n, num_warps=w, num_stages=s) for n, w, s in sizes]
+    if tile.block_m > 1:  # else there are no tensor cores and no pipeline
+        changes += [
+            {"num_warps": tile.num_warps * 2},
+            {"num_stages": tile.num_stages + 1},
+            {"num_stages": tile.num_stages - 1},
+        ]
+    if tile.slices > 1:
+        changes.append({"slices": tile.slices * 2})
+    others = [replace(tile, **change) for change in changes]
     return [tile, *(t for t in others if _fits(t, operand_bytes, shared_memory))]
 
 
