@@ -63,6 +63,13 @@ def _torchao_int4(model: Any) -> Any:
     return _compile(model)
 
 
+def _torchao_int8(model: Any) -> Any:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return _compile(model)
+
+
 def _bitsandbytes(model: Any) -> Any:
     import bitsandbytes
 
@@ -94,6 +101,7 @@ PEERS: dict[str, Peer] = {
     "fp32 eager": Peer(),
     "fp32 compiled": Peer(_compile, compiles=True),
     "torchao int4": Peer(_torchao_int4, dtype=torch.bfloat16, needs=("torchao",), compiles=True),
+    "torchao int8": Peer(_torchao_int8, dtype=torch.bfloat16, needs=("torchao",), compiles=True),
     **{f"llama.cpp {kind.lower()}": _llama_cpp(kind) for kind in ("Q4_0", "Q4_1", "IQ4_NL")},
     "bitsandbytes fp4": Peer(_bitsandbytes, dtype=torch.bfloat16, needs=("bitsandbytes",)),
 }
