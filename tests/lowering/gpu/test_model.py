@@ -102,9 +102,11 @@ def llama(layers, spec="w4a4"):
     return model, lambda ids: model(ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
-def test_kernels_of_a_decoder_layer(name):
-    counts, targets = interpreted(llama(1)[1], (tokens(2, 7),), name)
+@pytest.mark.parametrize(
+    ("name", "batch", "length"), [("sm_90", 2, 7), ("gfx942", 2, 7), ("sm_90", 1, 1)]
+)
+def test_kernels_of_a_decoder_layer(name, batch, length):
+    counts, targets = interpreted(llama(1)[1], (tokens(batch, length),), name)
     # qkv, o with the residual, gate and up, down with the residual; the head.
     assert counts["tem"] == 4 + 1
     # Norm and quantize, twice and before the head.
