@@ -57,6 +57,12 @@ def _nvfp4() -> QuantSpec:
     return QuantSpec(block, block, block)
 
 
+def _blocks_of_16(preset: str) -> QuantSpec:
+    """Weights and embeddings with half a bit of scales per value."""
+    block = TensorSpec(4, ("e2m1", "e1m2"), "block", block_size=16)
+    return QuantSpec(block, _spec(preset).activation, block)
+
+
 def _wide_weights(preset: str) -> QuantSpec:
     """Weights and embeddings of 8 bits, activations of ``preset``: what is lost to these alone."""
     wide = _spec("w8a8")
@@ -127,6 +133,9 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "w4a8 best": Configuration(_spec("w4a8"), "best"),
     "w4a4 best, tokens by gradient": Configuration(_spec("w4a4"), "best", GRADIENT),
     "w4a8 best, tokens by gradient": Configuration(_spec("w4a8"), "best", GRADIENT),
+    "w4a8 best, blocks of 16, tokens by gradient": Configuration(
+        _blocks_of_16("w4a8"), "best", GRADIENT
+    ),
     "w4a16 best": Configuration(_spec("w4a16"), "best"),
     "w6a6 best": Configuration(_spec("w6a6"), "best"),
 }

@@ -71,10 +71,11 @@ def round_finite(steps: Tensor, fmt: FloatFormat) -> Tensor:
 def _round_to_power_of_two(steps: Tensor) -> Tensor:
     # Without mantissa bits the code's parity is the exponent's, so a tie goes up from an odd
     # exponent field: integer round-to-nearest-even of the float's bits at the exponent.
-    bits = steps.abs().view(torch.int32)
-    rounded = ((bits + 0x3FFFFF + ((bits >> 23) & 1)) & 0x7F800000).view(torch.float32)
-    small = (steps.abs() > 0.5).to(torch.float32)  # below the step: 0 or 1, tie to code 0
-    return torch.where(steps.abs() < 1.0, small, rounded).copysign(steps)
+    magnitude = steps.abs()
+    bits = magnitude.view(torch.int32)
+    rounded = (bits >> 23).bitwise_and_(1).add_(bits).add_(0x3FFFFF).bitwise_and_(0x7F800000)
+    small = (magnitude > 0.5).to(torch.float32)  # below the step: 0 or 1, tie to code 0
+    return torch.where(magnitude < 1.0, small, rounded.view(torch.float32)).copysign_(steps)
 
 
 def quantize(x: Tensor, fmt: FloatFormat, scale: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from fp4compile.search.tokens import TINY, Tokens
 
 # Of the mean diagonal: channels without signal or noise have no say, and must not be singular.
 RIDGE = 1e-6
+# Tokens rounded at a time: what one step leaves in the cache, the next finds there.
+TOKENS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +54,13 @@ def noisy_inputs(
 
 def _gain_and_noise(tokens: Tokens, activation: ActivationQParams) -> tuple[Tensor, Tensor]:
     """``[K]`` each: of every channel the gain, and the noise's power in the moment's units."""
-    x = tokens.for_moments(exact_operand(tokens.x, activation))
-    x_hat = tokens.for_moments(apply_activation(tokens.x, activation))
-    power = x.square().sum(dim=0)
-    gain = torch.where(power > 0, (x * x_hat).sum(dim=0) / power.clamp_min(TINY), torch.ones(()))
-    noise = x_hat.square().sum(dim=0) - gain.square() * power
-    return gain, noise.clamp_min(0)
+    power, cross, seen = torch.zeros(3, tokens.x.shape[1])
+    for start in range(0, len(tokens.x), TOKENS_AT_ONCE):
+        some = tokens[slice(start, start + TOKENS_AT_ONCE)]
+        x = some.for_moments(exact_operand(some.x, activation))
+        x_hat = some.for_moments(apply_activation(some.x, activation))
+        power += x.square().sum(dim=0)
+        cross += (x * x_hat).sum(dim=0)
+        seen += x_hat.square_().sum(dim=0)
+    gain = torch.where(power > 0, cross / power.clamp_min(TINY), torch.ones(()))
+    return gain, (seen - gain.square() * power).clamp_min(0)
